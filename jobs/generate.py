@@ -1,0 +1,8 @@
+"""The main job, `vidgen generate`: `python jobs/generate.py CONFIG key=value`, or the entry point of `ray job submit`."""
+
+import sys
+
+from vidgen.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["generate", *sys.argv[1:]]))

@@ -1,0 +1,138 @@
+"""A fleet in a few lines: replicas that do what a script of random choices says. No time passes that is not counted."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+from vidgen.fleet import events as ev
+from vidgen.fleet.dispatch import Dispatcher, Rules
+from vidgen.types import Item, Record, Request
+
+REQUEST = Request("t2v", "p", "", 1, 64, 64, 17, 8.0, 4, 1.0, "euler")
+
+
+def item(ordinal: int, shape: str = "a", priority: int = 0, flops: float = 1.0) -> Item:
+    item_id = f"{ordinal:032x}"
+    return Item(ordinal, item_id, str(ordinal), 0, REQUEST, "", "", shape, 1, flops, priority)
+
+
+@dataclass
+class Behaviour:
+    """What goes wrong: items that always fail or always kill their replica, and the share of random mishaps."""
+
+    bad: set[int] = field(default_factory=set)
+    killers: set[int] = field(default_factory=set)
+    crash: float = 0.0
+    lost_commit: float = 0.0
+    node_loss: float = 0.0
+    storage: float = 0.0
+    nodes: int = 2
+
+
+class Simulation:
+    """Drives a Dispatcher over `total` items until it finishes; asserts on the way that no item flies twice at once."""
+
+    def __init__(self, total: int, behaviour: Behaviour, rules: Rules, replicas: int = 3, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.behaviour, self.rules = behaviour, rules
+        self.todo = [ev.Task(item(i, shape="ab"[i % 2], flops=1.0 + i % 2)) for i in range(total)]
+        self.total = total
+        self.committed: dict[str, Record] = {}
+        self.evidence: Counter[str] = Counter()
+        self.runs: Counter[str] = Counter()
+        self.queues: dict[str, list[ev.Send]] = {}
+        self.starting: list[str] = []
+        self.now = 0.0
+        self.steps = 0
+        self.dispatcher = Dispatcher(rules, [f"r{i}" for i in range(replicas)])
+        self.starting = list(self.dispatcher.replicas)
+        self.largest = 0
+        self.queue: list[ev.Event] = []
+        self.sends: list[ev.Send] = []
+
+    def run(self, most_steps: int = 100_000) -> ev.Finish:
+        self.feed(ev.Tick())
+        while self.dispatcher.finished is None:
+            self.steps += 1
+            assert self.steps < most_steps, "the dispatcher does not come to an end"
+            self.now += 0.1
+            for event in self.something_happens():
+                self.feed(event)
+        return self.dispatcher.finished
+
+    def feed(self, event: ev.Event) -> None:
+        self.queue.append(event)
+        while self.queue:
+            for action in self.dispatcher.handle(self.queue.pop(0), self.now):
+                self.do(action)
+
+    def do(self, action: ev.Action) -> None:
+        match action:
+            case ev.Send():
+                flying = [w.item.item_id for sends in self.queues.values() for s in sends for w in s.works]
+                for work in action.works:
+                    assert work.item.item_id not in flying, "an item flies twice at once"
+                    assert work.item.item_id not in self.committed, "a settled item is sent"
+                assert len({w.item.batch_key for w in action.works}) == 1, "a batch of two shapes"
+                self.largest = max(self.largest, len(action.works))
+                self.queues.get(action.replica, []).append(action)  # lost with a replica whose death is not known yet
+                self.sends.append(action)
+            case ev.Look():
+                self.queue.append(ev.Looked(action.item_id, self.committed.get(action.item_id)))
+            case ev.Evidence():
+                self.evidence[action.item_id] += action.count
+            case ev.Settle():
+                assert action.task.item_id not in self.committed, "settled twice"
+                self.committed[action.task.item_id] = self.record(action.task.item, action.status)
+            case ev.Replace():
+                self.starting.append(action.replica)
+            case ev.Refill():
+                given, self.todo = self.todo[: action.items], self.todo[action.items :]
+                self.queue.append(ev.Offered(tuple(given), exhausted=not self.todo))
+            case ev.Recall():
+                for send in self.queues.get(action.replica, [])[1:]:
+                    self.queue.append(ev.BatchReturned(action.replica, send.batch))
+                self.queues[action.replica] = self.queues.get(action.replica, [])[:1]
+            case ev.Finish():
+                pass
+
+    def record(self, it: Item, status: str = "done") -> Record:
+        return Record(it.item_id, it.ordinal, status, 0, 1)
+
+    def something_happens(self) -> list[ev.Event]:
+        if self.starting:
+            name = self.starting.pop()
+            self.queues[name] = []
+            return [ev.ReplicaReady(name, f"n{int(name[1:]) % self.behaviour.nodes}")]
+        busy = sorted(name for name, sends in self.queues.items() if sends)
+        if not busy:
+            self.now += 10
+            return [ev.Tick()]
+        return self.work(self.random.choice(busy))
+
+    def work(self, name: str) -> list[ev.Event]:
+        """The replica takes its first batch: all goes well, or something happens on the way."""
+        send = self.queues[name].pop(0)
+        behaviour = self.behaviour
+        happened: list[ev.Event] = []
+        for work in send.works:
+            self.runs[work.item.item_id] += 1
+            chance = self.random.random()
+            if work.item.ordinal in behaviour.killers or chance < behaviour.crash:
+                if self.random.random() < behaviour.lost_commit:
+                    self.committed[work.item.item_id] = self.record(work.item)
+                del self.queues[name]
+                return [*happened, ev.ReplicaLost(name, "crash", "killed")]
+            if chance < behaviour.crash + behaviour.node_loss:
+                del self.queues[name]
+                return [*happened, ev.ReplicaLost(name, "node", "gone")]
+            if self.random.random() < behaviour.storage:
+                happened.append(ev.ItemFailed(name, work.item.item_id, "infrastructure", "503", "503"))
+            elif work.item.ordinal in behaviour.bad:
+                happened.append(ev.ItemFailed(name, work.item.item_id, "item", "bad row", "bad row"))
+            else:
+                self.committed[work.item.item_id] = self.record(work.item)
+                happened.append(ev.ItemDone(name, self.record(work.item)))
+        return [*happened, ev.BatchGenerated(name, send.batch)]

@@ -1,0 +1,198 @@
+"""The driver's decisions, over thousands of histories without a cluster."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fleet.simulation import Behaviour, Simulation, item
+from vidgen.fleet import events as ev
+from vidgen.fleet.dispatch import Dispatcher, Rules
+
+
+def one_replica(rules: Rules = Rules(), node: str = "n0") -> Dispatcher:  # noqa: B008 (Rules is frozen)
+    dispatcher = Dispatcher(rules, ["r0"])
+    dispatcher.handle(ev.ReplicaReady("r0", node), 0.0)
+    return dispatcher
+
+
+def sends(actions: list[ev.Action]) -> list[ev.Send]:
+    return [action for action in actions if isinstance(action, ev.Send)]
+
+
+def tasks(*ordinals: int, **kwargs: object) -> tuple[ev.Task, ...]:
+    return tuple(ev.Task(item(ordinal), **kwargs) for ordinal in ordinals)  # type: ignore[arg-type]
+
+
+@given(
+    total=st.integers(0, 40),
+    bad=st.sets(st.integers(0, 39), max_size=6),
+    killers=st.sets(st.integers(0, 39), max_size=2),
+    crash=st.sampled_from([0.0, 0.05, 0.3]),
+    lost_commit=st.sampled_from([0.0, 0.5]),
+    node_loss=st.sampled_from([0.0, 0.1]),
+    storage=st.sampled_from([0.0, 0.1]),
+    replicas=st.integers(1, 4),
+    batch=st.integers(1, 4),
+    window=st.sampled_from([2, 8, 4096]),
+    seed=st.integers(0, 10_000),
+)
+@settings(max_examples=300, deadline=None)
+def test_every_history_ends_with_every_item_terminal_or_the_breaker(
+    total: int,
+    bad: set[int],
+    killers: set[int],
+    crash: float,
+    lost_commit: float,
+    node_loss: float,
+    storage: float,
+    replicas: int,
+    batch: int,
+    window: int,
+    seed: int,
+) -> None:
+    behaviour = Behaviour(bad, killers, crash, lost_commit, node_loss, storage)
+    rules = Rules(window=window, batch_items=batch, batch_tokens=batch)
+    simulation = Simulation(total, behaviour, rules, replicas, seed)
+    finish = simulation.run()
+    if finish.code == 4:
+        return
+    assert finish.code is None
+    assert len(simulation.committed) == total
+    if not (crash or node_loss):
+        for ordinal in set(range(total)) - bad - killers:
+            assert simulation.committed[item(ordinal).item_id].status == "done"
+    for ordinal in bad & set(range(total)):
+        assert simulation.committed[item(ordinal).item_id].status in ("failed", "quarantined", "done")
+    assert simulation.largest <= batch
+
+
+def test_a_bad_row_is_tried_three_times_and_the_others_go_on() -> None:
+    simulation = Simulation(20, Behaviour(bad={5}), Rules())
+    assert simulation.run().code is None
+    assert simulation.committed[item(5).item_id].status == "failed"
+    assert simulation.runs[item(5).item_id] == 3
+    assert simulation.evidence[item(5).item_id] == 3
+    assert sum(record.status == "done" for record in simulation.committed.values()) == 19
+
+
+def test_a_bad_configuration_stops_after_fifty_failures_and_leaves_every_item_pending() -> None:
+    simulation = Simulation(10_000, Behaviour(bad=set(range(10_000))), Rules())
+    finish = simulation.run()
+    assert finish.code == 4
+    assert sum(simulation.runs.values()) <= 50 + 3 * 2
+    assert not simulation.committed
+    assert sum(simulation.evidence.values()) == 0
+
+
+def test_a_small_dataset_of_bad_rows_ends_as_failed_not_as_broken() -> None:
+    simulation = Simulation(20, Behaviour(bad=set(range(20))), Rules())
+    assert simulation.run().code is None
+    assert {record.status for record in simulation.committed.values()} == {"failed"}
+    assert max(simulation.runs.values()) == 3
+
+
+def test_a_row_that_kills_replicas_on_two_nodes_is_quarantined() -> None:
+    simulation = Simulation(12, Behaviour(killers={3}), Rules(), replicas=4)
+    assert simulation.run().code is None
+    assert simulation.committed[item(3).item_id].status == "quarantined"
+
+
+def test_a_row_that_kills_replicas_on_one_node_fails_after_crashes_that_weigh_three() -> None:
+    simulation = Simulation(12, Behaviour(killers={3}, nodes=1), Rules(), replicas=2)
+    assert simulation.run().code is None
+    assert simulation.committed[item(3).item_id].status == "failed"
+    assert simulation.runs[item(3).item_id] in (6, 7), "0.5 each, and nothing for the one with company"
+
+
+def test_a_commit_that_outlived_its_replica_is_not_made_again() -> None:
+    simulation = Simulation(6, Behaviour(killers={2}, lost_commit=1.0), Rules())
+    assert simulation.run().code is None
+    assert simulation.runs[item(2).item_id] == 1
+
+
+def test_a_crash_with_several_items_aboard_counts_for_none_and_each_then_flies_alone() -> None:
+    dispatcher = one_replica()
+    first = dispatcher.handle(ev.Offered(tasks(0, 1), exhausted=True), 0.0)
+    assert len(sends(first)) == 2
+    dispatcher.handle(ev.ReplicaLost("r0", "crash", "killed"), 0.2)
+    for ordinal in (0, 1):
+        actions = dispatcher.handle(ev.Looked(item(ordinal).item_id, None), 0.3)
+        assert not [a for a in actions if isinstance(a, ev.Evidence)]
+    assert len(sends(dispatcher.handle(ev.ReplicaReady("r0", "n0"), 0.4))) == 1
+    dispatcher.handle(ev.ReplicaLost("r0", "crash", "killed"), 0.5)
+    (evidence,) = dispatcher.handle(ev.Looked(item(0).item_id, None), 0.6)
+    assert isinstance(evidence, ev.Evidence) and evidence.item_id == item(0).item_id
+
+
+def test_an_innocent_neighbour_of_a_killer_is_always_made() -> None:
+    for seed in range(20):
+        rules = Rules(batch_items=4, batch_tokens=4, max_attempts=1)
+        simulation = Simulation(16, Behaviour(killers={3}), rules, replicas=2, seed=seed)
+        assert simulation.run().code is None
+        assert [r.ordinal for r in simulation.committed.values() if r.status != "done"] == [3]
+
+
+def test_lost_nodes_and_storage_trouble_count_nothing() -> None:
+    simulation = Simulation(30, Behaviour(node_loss=0.2, storage=0.2), Rules(), seed=3)
+    assert simulation.run().code is None
+    assert sum(simulation.evidence.values()) == 0
+    assert {record.status for record in simulation.committed.values()} == {"done"}
+
+
+def test_after_a_batch_dies_its_items_run_one_by_one() -> None:
+    dispatcher = one_replica(Rules(batch_items=4, batch_tokens=4, prefetch=0))
+    (batch,) = sends(dispatcher.handle(ev.Offered(tasks(*range(8)), exhausted=True), 0.0))
+    assert len(batch.works) == 4
+    dispatcher.handle(ev.ReplicaLost("r0", "crash", "killed"), 0.0)
+    for work in batch.works:
+        dispatcher.handle(ev.Looked(work.item.item_id, None), 0.0)
+    (again,) = sends(dispatcher.handle(ev.ReplicaReady("r0", "n0"), 0.0))
+    assert len(again.works) == 1
+
+
+def test_suspects_come_last_and_fly_alone_on_the_drivers_own_machine() -> None:
+    dispatcher = one_replica(Rules(own_node="n0"))
+    offered = (ev.Task(item(0), suspect=True), ev.Task(item(1)), ev.Task(item(2), suspect=True))
+    (first,) = sends(dispatcher.handle(ev.Offered(offered, exhausted=True), 0.0))
+    assert first.works[0].item.ordinal == 1
+    done = item(1)
+    simulation_record = Simulation(0, Behaviour(), Rules()).record(done)
+    actions = dispatcher.handle(ev.ItemDone("r0", simulation_record), 0.0)
+    actions += dispatcher.handle(ev.BatchGenerated("r0", first.batch), 0.0)
+    assert [send.works[0].item.ordinal for send in sends(actions)] == [0]
+    assert len(dispatcher.in_flight()) == 1
+
+
+def test_higher_priority_goes_first_then_the_longest() -> None:
+    dispatcher = one_replica(Rules(prefetch=5))
+    offered = (ev.Task(item(0)), ev.Task(item(1, flops=9.0)), ev.Task(item(2, priority=1)))
+    order = [s.works[0].item.ordinal for s in sends(dispatcher.handle(ev.Offered(offered, exhausted=True), 0.0))]
+    assert order == [2, 1, 0]
+
+
+def test_stopping_sends_nothing_more_and_ends_when_what_flies_has_landed() -> None:
+    dispatcher = one_replica()
+    running, prefetched = sends(dispatcher.handle(ev.Offered(tasks(0, 1, 2), exhausted=True), 0.0))
+    actions = dispatcher.handle(ev.StopAsked(130, "interrupted"), 0.0)
+    assert ev.Recall("r0") in actions and not sends(actions)
+    dispatcher.handle(ev.BatchReturned("r0", prefetched.batch), 0.0)
+    dispatcher.handle(ev.BatchGenerated("r0", running.batch), 0.0)
+    assert dispatcher.finished is None
+    dispatcher.handle(ev.ItemDone("r0", Simulation(0, Behaviour(), Rules()).record(item(0))), 0.0)
+    assert dispatcher.finished == ev.Finish(130, "interrupted")
+
+
+def test_a_replica_that_never_becomes_ready_stops_the_run_with_its_reason() -> None:
+    dispatcher = Dispatcher(Rules(), ["r0"])
+    dispatcher.handle(ev.Offered(tasks(0), exhausted=True), 0.0)
+    for _ in range(3):
+        dispatcher.handle(ev.ReplicaLost("r0", "start", "no CUDA driver"), 0.0)
+    assert dispatcher.finished is not None and dispatcher.finished.code == 4
+    assert "no CUDA driver" in dispatcher.finished.reason
+
+
+def test_a_replica_that_refuses_to_run_ends_the_run_at_once_as_a_configuration_error() -> None:
+    dispatcher = Dispatcher(Rules(), ["r0"])
+    dispatcher.handle(ev.ReplicaLost("r0", "refused", "another checkpoint"), 0.0)
+    assert dispatcher.finished == ev.Finish(2, "another checkpoint")

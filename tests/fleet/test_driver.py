@@ -1,0 +1,164 @@
+"""The whole path from Parquet to manifest, in one process: plan, drive, commit, verify. No cluster."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pytest
+
+from tests.fleet.inline import config_for, drive, write_prompts
+from vidgen import manifest
+from vidgen.fleet.dispatch import Rules
+from vidgen.fleet.driver import Limits
+from vidgen.report.repair import retry
+from vidgen.report.status import read as status
+from vidgen.report.verify import verify
+from vidgen.store import commits, ledger
+from vidgen.store.objects import Objects
+
+
+@pytest.fixture(params=["file", "memory"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "out") if request.param == "file" else f"memory://{uuid.uuid4().hex}"
+
+
+def statuses(output: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for table in manifest.read(Objects(output)):
+        for entry in pc.value_counts(table.column("status")).to_pylist():
+            found[entry["values"]] = found.get(entry["values"], 0) + entry["counts"]
+    return found
+
+
+def test_every_row_becomes_a_video_and_a_manifest_row(output: str, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", 7, note=[f"n{i}" for i in range(7)])
+    outcome, _ = drive(config_for(prompts, output))
+    assert (outcome.code, outcome.counts["done"]) == (0, 7)
+    verdict = verify(output, strict=True)
+    assert verdict.ok and verdict.checked == 7, verdict.problems
+    (table,) = manifest.read(Objects(output))
+    assert table.column("note").to_pylist() == [f"n{i}" for i in range(7)]
+
+
+def test_a_rejected_row_stands_in_the_manifest_and_the_rest_runs(output: str, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", ["one", "", "three"])
+    outcome, _ = drive(config_for(prompts, output))
+    assert outcome.code == 0
+    assert statuses(output) == {"done": 2, "rejected": 1}
+    assert verify(output).ok
+
+
+def test_rows_that_always_fail_are_committed_as_failed_with_their_error(output: str, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", 8, fails=["item" if i == 3 else "" for i in range(8)])
+    config = config_for(prompts, output)
+    config.dataset.columns["params.fail"] = "fails"
+    outcome, fleet = drive(config)
+    assert outcome.code == 3
+    assert statuses(output) == {"done": 7, "failed": 1}
+    assert verify(output).ok
+    ordinals = [work.item.ordinal for _, works in fleet.sent for work in works]
+    assert ordinals.count(3) == 3
+    (failures,) = status(output).failures
+    assert failures.count == 1 and failures.error
+
+
+def test_retry_reopens_failed_items_only_and_a_new_generation_settles_them(output: str, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", 4, fails=["", "item", "", ""])
+    config = config_for(prompts, output)
+    config.dataset.columns["params.fail"] = "fails"
+    drive(config)
+    assert retry(output, where="prompt = 'nobody wrote this'").items == 0
+    reopened = retry(output)
+    assert (reopened.items, reopened.generation) == (1, 1)
+    assert status(output).pending == 1 and not Objects(output).exists(manifest.SUCCESS)
+    outcome, fleet = drive(config)
+    assert {work.item.ordinal for _, works in fleet.sent for work in works} == {1}
+    assert outcome.code == 3 and verify(output).ok
+
+
+def test_retry_missing_makes_a_deleted_video_again(output: str, tmp_path: Path) -> None:
+    config = config_for(write_prompts(tmp_path / "p.parquet", 3), output)
+    drive(config)
+    objects = Objects(output)
+    victim = next(iter(objects.list("data"))).path
+    objects.delete(victim)
+    assert not verify(output).ok
+    assert retry(output, missing=True).items == 1
+    drive(config)
+    assert verify(output).ok and objects.exists(victim)
+
+
+def test_a_bad_configuration_trips_the_breaker_and_leaves_every_item_pending(output: str, tmp_path: Path) -> None:
+    config = config_for(write_prompts(tmp_path / "p.parquet", 80), output, sampling__params__fail="item")
+    outcome, fleet = drive(config, rules=Rules(breaker_failures=20))
+    assert outcome.code == 4
+    assert outcome.counts["pending"] == 80
+    assert len(fleet.sent) <= 20 + 4
+    assert sum(attempt.count for attempt in commits.read_attempts(Objects(output))) == 0
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    prompts = write_prompts(tmp_path / "p.parquet", 30)
+    config = config_for(prompts, output, sampling__params__step_seconds=0.05)
+    first, _ = drive(config, interrupt_at=3)
+    assert first.code == 130 and 0 < first.counts["done"] < 30
+    assert not Objects(output).exists(manifest.SUCCESS)
+    committed = set(commits.list_commits(Objects(output), 0))
+    second, fleet = drive(config)
+    assert second.code == 0 and verify(output).ok
+    assert len(committed) >= first.counts["done"]
+    assert {work.item.item_id for _, works in fleet.sent for work in works}.isdisjoint(committed)
+
+
+def test_a_spent_budget_stops_gracefully_and_is_cumulative(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    prompts = write_prompts(tmp_path / "p.parquet", 30)
+    config = config_for(prompts, output, sampling__params__step_seconds=0.1)
+    first, _ = drive(config, limits=Limits(gpu_seconds=0.5))
+    assert first.code == 5 and 0 < first.counts["done"] < 30
+    again, fleet = drive(config, limits=Limits(gpu_seconds=0.5))
+    assert again.code == 5
+    assert not [send for send in fleet.sent if len(fleet.sent) > 8]
+
+
+def test_a_damaged_manifest_of_a_finished_run_is_written_again(output: str, tmp_path: Path) -> None:
+    config = config_for(write_prompts(tmp_path / "p.parquet", 3), output)
+    drive(config)
+    objects = Objects(output)
+    part = next(iter(objects.list("manifest"))).path
+    objects.put(part, b"damaged")
+    assert not verify(output).ok
+    outcome, fleet = drive(config)
+    assert outcome.code == 0 and not fleet.sent and verify(output).ok
+
+
+def test_the_write_of_one_item_overlaps_the_steps_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_file = Objects.put_file
+
+    def slow(self: Objects, path: str, source: Any) -> None:
+        time.sleep(0.3)
+        put_file(self, path, source)
+
+    monkeypatch.setattr(Objects, "put_file", slow)
+    output = str(tmp_path / "out")
+    prompts = write_prompts(tmp_path / "p.parquet", 4)
+    drive(config_for(prompts, output, sampling__params__step_seconds=0.25), replicas=1)
+    (table,) = ledger.read_tables(Objects(output))
+    records = sorted(ledger.to_records(table), key=lambda record: record.started_at)
+    for earlier, later in itertools.pairwise(records):
+        first_step_ends = later.started_at + 0.25
+        assert earlier.write_started_at < first_step_ends < earlier.created_at
+
+
+def test_a_constant_video_is_a_failure_unless_it_is_allowed(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", 2)
+    refused = config_for(prompts, str(tmp_path / "a"), sampling__params__fail="black")
+    assert drive(refused)[0].counts["failed"] == 2
+    allowed = config_for(prompts, str(tmp_path / "b"), sampling__params__fail="black", run__allow_constant="true")
+    assert drive(allowed)[0].counts["done"] == 2

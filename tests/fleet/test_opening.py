@@ -1,0 +1,68 @@
+"""Opening a run: what is refused before anything starts."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from tests.fleet.inline import config_for, write_prompts
+from vidgen.errors import ConfigError
+from vidgen.fleet.opening import SUBMITTED, deadline_of, open_store, prepare
+
+NOW = datetime(2026, 5, 1, 22, 30, tzinfo=timezone(timedelta(hours=2)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("06:00", datetime(2026, 5, 2, 6, 0, tzinfo=NOW.tzinfo)),
+        ("23:00", datetime(2026, 5, 1, 23, 0, tzinfo=NOW.tzinfo)),
+        ("2026-05-03T12:00", datetime(2026, 5, 3, 12, 0, tzinfo=NOW.tzinfo)),
+        ("2026-05-03T12:00+00:00", datetime(2026, 5, 3, 12, 0, tzinfo=timezone.utc)),
+    ],
+)
+def test_a_deadline_is_a_time_of_day_or_a_date(text: str, expected: datetime) -> None:
+    assert deadline_of(text, NOW) == expected.timestamp()
+
+
+def test_a_deadline_that_is_no_time_is_a_configuration_error_that_shows_it() -> None:
+    with pytest.raises(ConfigError, match="'tomorrow'"):
+        deadline_of("tomorrow", NOW)
+
+
+def test_a_relative_output_is_refused_in_a_submitted_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(SUBMITTED, "{}")
+    with pytest.raises(ConfigError, match=r"output\.path: 'outputs/x' is relative"):
+        open_store(config_for("p.parquet", "outputs/x"))
+    open_store(config_for("p.parquet", str(tmp_path)))
+
+
+def test_a_missing_output_path_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"output\.path"):
+        open_store(config_for("p.parquet", ""))
+
+
+def test_a_changed_frozen_key_is_refused_with_both_values_and_a_free_one_is_not(tmp_path: Path) -> None:
+    dataset, output = write_prompts(tmp_path / "p.parquet", 2), str(tmp_path / "out")
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        f"model: {{family: testcard}}\ndataset: {{path: {dataset}}}\n"
+        f"sampling: {{num_frames: 5}}\noutput: {{path: {output}}}\n"
+    )
+    assert prepare(str(config), [], print).items == 2
+    with pytest.raises(ConfigError, match=r"sampling\.num_frames.*5.*9"):
+        prepare(str(config), ["sampling.num_frames=9"], print)
+    assert prepare(str(config), ["run.max_attempts=7"], print).config.run.max_attempts == 7
+
+
+def test_a_run_is_resumed_from_its_output_alone_even_where_it_was_moved(tmp_path: Path) -> None:
+    dataset, output = write_prompts(tmp_path / "p.parquet", 2), tmp_path / "out"
+    config = tmp_path / "job.yaml"
+    config.write_text(f"model: {{family: testcard}}\ndataset: {{path: {dataset}}}\noutput: {{path: {output}}}\n")
+    prepare(str(config), [], print)
+    moved = tmp_path / "elsewhere"
+    output.rename(moved)
+    run = prepare(str(moved), [], print)
+    assert (run.items, run.objects.root) == (2, str(moved))

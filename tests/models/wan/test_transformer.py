@@ -1,0 +1,189 @@
+"""The Wan transformer against diffusers' WanTransformer3DModel with the same random weights."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel as Oracle
+from torch import Tensor
+
+from vidgen.models.wan.spec import transformer_params
+from vidgen.models.wan.transformer import TextContext, WanTransformer3DModel
+
+# The same fp32 products and sums; observed 0. The tolerance is that of every stage.
+STAGE = 1e-4
+# Matrix products of a batch of two are blocked differently; observed 1e-6.
+BATCH = 1e-5
+
+SMALL: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 12,
+    "freq_dim": 32,
+    "ffn_dim": 48,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "one_layer": {"num_layers": 1},
+    "three_heads": {"num_attention_heads": 3, "attention_head_dim": 20, "num_layers": 3},
+    "no_cross_attention_norm": {"cross_attn_norm": False},
+    "patch_of_one": {"patch_size": (1, 1, 1)},
+    "patch_in_time": {"patch_size": (2, 2, 2)},
+    "coarse_norms": {"eps": 1e-2},
+}
+FULL_SIZE = {
+    "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+}
+
+
+def pair(name: str) -> tuple[Oracle, WanTransformer3DModel]:
+    """diffusers' transformer with random weights (norms and biases too), and ours with the same."""
+    torch.manual_seed(0)
+    oracle = Oracle(**{**SMALL, **CONFIGS[name]}).eval()
+    with torch.no_grad():
+        for weight in oracle.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    native = WanTransformer3DModel(transformer_params(oracle.config)).eval()
+    native.load_state_dict(oracle.state_dict(), strict=True)
+    return oracle.requires_grad_(False), native.requires_grad_(False)
+
+
+def latents(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 4, 4, 6, 8, generator=torch.Generator().manual_seed(1))
+
+
+def prompt(batch: int = 2) -> Tensor:
+    text = torch.randn(batch, 7, 12, generator=torch.Generator().manual_seed(2))
+    text[:, 5:] = 0.0  # as the pipeline pads it
+    return text
+
+
+TIMESTEP = torch.tensor([988.49, 13.0])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_forward_equals_diffusers(name: str) -> None:
+    oracle, native = pair(name)
+    expected = oracle(latents(), TIMESTEP, prompt(), return_dict=False)[0]
+    velocity = native(latents(), TIMESTEP, native.text_context(prompt()))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(velocity, expected, rtol=0, atol=STAGE)
+
+
+def test_a_batch_of_two_equals_two_single_forwards() -> None:
+    _, native = pair("three_heads")
+    both = native(latents(), TIMESTEP, native.text_context(prompt()))
+    contexts = [native.text_context(text) for text in prompt().split(1)]
+    for i, context in enumerate(contexts):
+        one = native(latents()[i : i + 1], TIMESTEP[i : i + 1], context)
+        torch.testing.assert_close(one[0], both[i], rtol=0, atol=BATCH)
+    joined = native(latents(), TIMESTEP, TextContext.join(contexts))
+    torch.testing.assert_close(joined, both, rtol=0, atol=BATCH)
+
+
+def test_a_forward_reads_the_prompt_from_its_context_alone() -> None:
+    _, native = pair("three_heads")
+    context = native.text_context(prompt())
+    expected = native(latents(), TIMESTEP, context)
+    with torch.no_grad():
+        for name, weight in native.named_parameters():
+            if "text_embedder" in name or "attn2.to_k" in name or "attn2.to_v" in name:
+                weight.fill_(float("nan"))
+    assert torch.equal(native(latents(), TIMESTEP, context), expected)
+
+
+def test_bfloat16_is_as_close_to_fp32_as_diffusers_is() -> None:
+    oracle, native = pair("three_heads")
+    exact = native(latents(), TIMESTEP, native.text_context(prompt()))
+    oracle, native = oracle.to(torch.bfloat16), native.to(torch.bfloat16)
+    theirs = oracle(latents().bfloat16(), TIMESTEP, prompt().bfloat16(), return_dict=False)[0].float()
+    ours = native(latents(), TIMESTEP, native.text_context(prompt()))
+    assert ours.dtype == torch.bfloat16
+    # Both round differently; a second rounding or a time embedding in bfloat16 would cost more than a tenth.
+    assert (ours.float() - exact).abs().mean() < 1.1 * (theirs - exact).abs().mean()
+
+
+def test_timesteps_that_bfloat16_cannot_tell_apart_give_different_velocities() -> None:
+    _, native = pair("one_layer")
+    native = native.to(torch.bfloat16)
+    modulations = native.condition_embedder.time(torch.tensor([988.49, 987.17]))[1]
+    assert modulations.dtype == torch.float32
+    assert not torch.equal(modulations[0], modulations[1])
+
+
+class ThreadGang:
+    """One rank of a gang of two that are threads of this process and hand tensors to each other through a list."""
+
+    size = 2
+
+    def __init__(self, rank: int, mailbox: list[Tensor], barrier: Barrier) -> None:
+        self.rank, self.mailbox, self.barrier = rank, mailbox, barrier
+        self.calls: list[str] = []
+
+    def _everyones(self, x: Tensor, call: str) -> list[Tensor]:
+        self.calls.append(call)
+        self.mailbox[self.rank] = x
+        self.barrier.wait()
+        tensors = list(self.mailbox)
+        self.barrier.wait()
+        return tensors
+
+    def shard(self, x: Tensor) -> Tensor:
+        self.calls.append("shard")
+        return x.tensor_split(2, dim=1)[self.rank]
+
+    def gather(self, x: Tensor, tokens: int) -> Tensor:
+        whole = torch.cat(self._everyones(x, "gather"), dim=1)
+        assert whole.shape[1] == tokens
+        return whole
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        return torch.cat(self._everyones(x, "to_heads"), dim=1).chunk(2, dim=2)[self.rank]
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        return torch.cat(self._everyones(x, "to_tokens"), dim=2).tensor_split(2, dim=1)[self.rank]
+
+
+@pytest.mark.parametrize("frames", [4, 3], ids=["even_tokens", "odd_tokens"])
+def test_two_ranks_that_share_the_tokens_give_what_one_gives(frames: int) -> None:
+    _, native = pair("one_layer")
+    x = torch.randn(1, 4, frames, 6, 6, generator=torch.Generator().manual_seed(3))
+    context = native.text_context(prompt(1))
+    expected = native(x, TIMESTEP[:1], context)
+    mailbox, barrier = [torch.empty(0)] * 2, Barrier(2, timeout=60)
+    gangs = [ThreadGang(rank, mailbox, barrier) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda gang: native(x, TIMESTEP[:1], context, gang), gangs))
+    for result in results:
+        # The tolerance of context parallelism: attention sums over tokens in another blocking.
+        torch.testing.assert_close(result, expected, rtol=0, atol=STAGE)
+    # Tokens and the two tables of rope; q, k, v and the result of self-attention alone; the end.
+    assert gangs[0].calls == ["shard"] * 3 + ["to_heads"] * 3 + ["to_tokens"] + ["gather"]
+
+
+def test_latents_that_the_patch_does_not_divide_are_refused_with_their_size() -> None:
+    _, native = pair("one_layer")
+    with pytest.raises(ValueError, match=r"\(4, 5, 8\).*\(1, 2, 2\)"):
+        native(torch.zeros(1, 4, 4, 5, 8), TIMESTEP[:1], native.text_context(prompt(1)))
+
+
+@pytest.mark.parametrize("size", FULL_SIZE)
+def test_keys_and_shapes_of_the_full_size_transformer_equal_diffusers(size: str) -> None:
+    with torch.device("meta"):
+        oracle = Oracle(**FULL_SIZE[size])
+        native = WanTransformer3DModel(transformer_params(oracle.config))
+    shapes = {key: tuple(value.shape) for key, value in native.state_dict().items()}
+    assert shapes == {key: tuple(value.shape) for key, value in oracle.state_dict().items()}
+
+
+def test_parts_kept_in_fp32_are_those_diffusers_keeps() -> None:
+    assert {*WanTransformer3DModel.KEEP_FP32, "rope"} == set(Oracle._keep_in_fp32_modules)

@@ -1,0 +1,87 @@
+"""What settles an item, and what reopens it; ledger and state agree with the commits however they are cut."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from vidgen.store import commits, gc, ledger
+from vidgen.store import state as states
+from vidgen.store.objects import Objects
+from vidgen.types import Record
+
+
+@pytest.fixture(params=["file", "memory"])
+def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Objects:
+    return Objects(str(tmp_path / "out") if request.param == "file" else f"memory://{uuid.uuid4().hex}")
+
+
+def record(ordinal: int, status: str = "done", generation: int = 0, video: str = "") -> Record:
+    return Record(f"{ordinal:032x}", ordinal, status, generation, 1, video=video)
+
+
+def test_whoever_commits_first_is_the_truth_for_both(objects: Objects) -> None:
+    assert commits.commit(objects, record(1, video="a"), "t1") == (True, record(1, video="a"))
+    assert commits.commit(objects, record(1, video="b"), "t2") == (False, record(1, video="a"))
+
+
+def test_the_state_of_an_item_is_its_commit_in_the_highest_generation_that_lists_it(objects: Objects) -> None:
+    commits.commit(objects, record(0), "t")
+    commits.commit(objects, record(1, "failed"), "t")
+    assert states.load(objects, 3).counts() == {"done": 1, "failed": 1, "quarantined": 0, "pending": 1}
+    commits.create_generation(objects, 1, [record(1).item_id], "t")
+    assert states.load(objects, 3).counts() == {"done": 1, "failed": 0, "quarantined": 0, "pending": 2}
+    commits.commit(objects, record(1, "done", generation=1), "t")
+    assert states.load(objects, 3).counts() == {"done": 2, "failed": 0, "quarantined": 0, "pending": 1}
+
+
+def test_a_generation_is_created_once(objects: Objects) -> None:
+    assert commits.create_generation(objects, 1, ["a"], "t1")
+    assert not commits.create_generation(objects, 1, ["b"], "t2")
+    assert commits.read_generations(objects) == {"a": 1}
+
+
+def test_the_ledger_spares_the_reading_of_commits_it_names(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [record(i) for i in range(10)]
+    for one in records:
+        commits.commit(objects, one, "t")
+    ledger.write_part(objects, records[:7])
+    read: list[str] = []
+    original = Objects.read
+    monkeypatch.setattr(Objects, "read", lambda self, path: read.append(path) or original(self, path))
+    assert states.load(objects, 10, compact=True).count("done") == 10
+    assert sum(path.startswith("commits/") for path in read) == 3
+    read.clear()
+    assert states.load(objects, 10).count("done") == 10
+    assert not [path for path in read if path.startswith("commits/")]
+
+
+def test_a_damaged_ledger_part_costs_reads_and_loses_nothing(objects: Objects) -> None:
+    for ordinal in range(5):
+        commits.commit(objects, record(ordinal), "t")
+    path = ledger.write_part(objects, [record(i) for i in range(5)])
+    objects.put(path, b"not parquet")
+    assert states.load(objects, 5).count("done") == 5
+
+
+def test_attempts_are_counted_from_their_names_alone(objects: Objects) -> None:
+    for count, token in ((0.5, "a"), (1.0, "b"), (0.0, "c")):
+        commits.record_attempt(objects, commits.Attempt("i" * 32, 2, "item", count, token), {"error": "x"})
+    again = commits.Attempt("i" * 32, 2, "item", 1.0, "b")
+    commits.record_attempt(objects, again, {"error": "x"})
+    assert sum(attempt.count for attempt in commits.read_attempts(objects)) == 1.5
+
+
+def test_gc_takes_orphans_and_never_what_a_commit_names_or_a_young_pending_object(objects: Objects) -> None:
+    ours, orphan = commits.video_path("a" * 32, "1" * 64, "mp4"), commits.video_path("a" * 32, "2" * 64, "mp4")
+    pending = commits.video_path("b" * 32, "3" * 64, "mp4")
+    for path in (ours, orphan, pending):
+        objects.put(path, b"video")
+    commits.commit(objects, Record("a" * 32, 0, "done", 0, 1, video=ours), "t")
+    swept = gc.collect(objects, older_than=0)
+    assert swept.removed == 1
+    assert objects.exists(ours) and objects.exists(pending) and not objects.exists(orphan)
+    later = gc.collect(objects, older_than=0, now=lambda: __import__("time").time() + 3 * 3600)
+    assert later.removed == 1 and not objects.exists(pending) and objects.exists(ours)

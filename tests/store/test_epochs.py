@@ -1,0 +1,124 @@
+"""One driver at a time, and who may take over when."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from vidgen.store import epochs
+from vidgen.store.objects import Objects
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> Objects:
+    return Objects(str(tmp_path))
+
+
+class Clock:
+    """Time that passes only while somebody sleeps, and calls back on the way."""
+
+    def __init__(self, then: Callable[[], object] = lambda: None) -> None:
+        self.now, self.then = 0.0, then
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.then()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def acquire(objects: Objects, clock: Clock | None = None, **options: bool) -> epochs.Lease:
+    clock = clock or Clock()
+    return epochs.acquire(objects, lease=60.0, sleep=clock.sleep, clock=clock, **options)
+
+
+def pretend(objects: Objects, **changes: object) -> None:
+    """Rewrites the holder of epoch 0, as if another process held it."""
+    holder = replace(epochs.Process.current(), **changes)  # type: ignore[arg-type]
+    objects.put("epochs/0.json", json.dumps({**asdict(holder), "token": "x"}).encode())
+
+
+def test_the_first_driver_gets_epoch_zero_and_the_next_after_a_clean_end_starts_at_once(objects: Objects) -> None:
+    first = acquire(objects)
+    first.release(gpu_seconds=7.0)
+    clock = Clock()
+    second = acquire(objects, clock)
+    assert (first.epoch, second.epoch, second.unclean, clock.now) == (0, 1, False, 0.0)
+    assert second.before["gpu_seconds"] == 7.0
+
+
+def test_a_live_driver_on_this_host_is_seen_at_once(objects: Objects) -> None:
+    acquire(objects)
+    clock = Clock()
+    with pytest.raises(epochs.Held, match="on this host"):
+        acquire(objects, clock)
+    assert clock.now == 0.0
+
+
+def test_a_dead_driver_on_this_host_is_superseded_at_once(objects: Objects) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    acquire(objects).beat(in_flight=["a"])
+    pretend(objects, pid=process.pid, start_time="1")
+    clock = Clock()
+    lease = acquire(objects, clock)
+    assert (lease.epoch, lease.unclean, clock.now) == (1, True, 0.0)
+    assert lease.before["in_flight"] == ["a"]
+
+
+def test_a_process_with_a_recycled_id_is_not_the_driver(objects: Objects) -> None:
+    acquire(objects)
+    pretend(objects, pid=os.getpid(), start_time="1")
+    assert acquire(objects).epoch == 1
+
+
+def test_a_silent_driver_elsewhere_is_superseded_after_a_lease_and_not_before(objects: Objects) -> None:
+    acquire(objects)
+    pretend(objects, boot_id="another machine")
+    clock = Clock()
+    assert acquire(objects, clock).epoch == 1
+    assert clock.now >= 60.0
+
+
+def test_a_beating_driver_elsewhere_keeps_its_run(objects: Objects) -> None:
+    lease = acquire(objects)
+    pretend(objects, boot_id="another machine")
+    with pytest.raises(epochs.Held, match="beating"):
+        acquire(objects, Clock(then=lambda: lease.beat(alive=True)))
+
+
+def test_a_takeover_supersedes_a_live_driver_which_stops_at_its_next_durable_act(objects: Objects) -> None:
+    old = acquire(objects)
+    old.check()
+    assert acquire(objects, takeover=True).epoch == 1
+    with pytest.raises(epochs.Held, match="took over"):
+        old.check()
+
+
+def test_without_create_only_nobody_takes_over_from_elsewhere_by_waiting(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path), single_writer=True)
+    acquire(objects)
+    pretend(objects, boot_id="another machine")
+    with pytest.raises(epochs.Held, match="--takeover"):
+        acquire(objects)
+    assert acquire(objects, takeover=True).epoch == 1
+
+
+def test_stop_reaches_the_running_driver_and_nobody_else(objects: Objects) -> None:
+    with pytest.raises(epochs.Held):
+        epochs.request_stop(objects)
+    lease = acquire(objects)
+    assert not lease.stop_requested()
+    assert epochs.request_stop(objects) == 0
+    assert lease.stop_requested()
+    lease.release()
+    with pytest.raises(epochs.Held):
+        epochs.request_stop(objects)

@@ -1,0 +1,105 @@
+"""Atomic puts and create-only writes, on every store that needs no server."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+
+from vidgen.errors import ConfigError
+from vidgen.store.objects import TEMPORARY, Objects, new_token
+
+
+@pytest.fixture(params=["file", "memory"])
+def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Objects:
+    return Objects(str(tmp_path / "out") if request.param == "file" else f"memory://{uuid.uuid4().hex}")
+
+
+def test_the_first_to_create_wins_and_the_second_is_told(objects: Objects) -> None:
+    assert objects.create("a/b.json", b"mine x", "mine")
+    assert not objects.create("a/b.json", b"yours y", "yours")
+    assert objects.read("a/b.json") == b"mine x"
+
+
+def test_creating_again_with_ones_own_token_is_success(objects: Objects) -> None:
+    assert objects.create("a", b"mine x", "mine")
+    assert objects.create("a", b"mine x", "mine")
+
+
+def test_of_many_writers_at_once_exactly_one_creates(objects: Objects) -> None:
+    won: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def write() -> None:
+        token = new_token()
+        barrier.wait()
+        if objects.create("race", token.encode() * 1000, token):
+            won.append(token)
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert objects.read("race") == won[0].encode() * 1000
+
+
+def test_an_object_without_its_writers_token_is_our_mistake(objects: Objects) -> None:
+    with pytest.raises(AssertionError):
+        objects.create("a", b"data", "token")
+
+
+def test_a_put_replaces_and_a_listing_sees_every_depth(objects: Objects, tmp_path: Path) -> None:
+    objects.put("x/1", b"one")
+    objects.put("x/1", b"uno!")
+    source = tmp_path / "source"
+    source.write_bytes(b"file")
+    objects.put_file("x/y/2", source)
+    assert [(entry.path, entry.size) for entry in objects.list("x")] == [("x/1", 4), ("x/y/2", 4)]
+    assert objects.size("x/y/2") == 4 and objects.size("x/none") is None
+    assert list(objects.list("nothing")) == []
+
+
+def test_deleting_what_is_not_there_is_no_error(objects: Objects) -> None:
+    objects.put("x", b"1")
+    objects.delete("x")
+    objects.delete("x")
+    assert not objects.exists("x")
+
+
+def test_half_written_local_files_are_invisible_and_swept(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / f"{TEMPORARY}dead-x.mp4").write_bytes(b"half")
+    assert list(objects.list("data")) == []
+    assert objects.sweep_temporaries("", older_than=-1) == 1
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_the_probe_accepts_a_store_that_honours_create_only(objects: Objects) -> None:
+    objects.probe(new_token())
+    assert list(objects.list("epochs")) == []
+
+
+def test_the_probe_refuses_a_store_that_ignores_create_only_and_says_the_way_out(tmp_path: Path) -> None:
+    class Careless(Objects):
+        def _publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
+            super()._publish(path, data, exclusive=False)
+
+    with pytest.raises(ConfigError, match=r"single_writer: true"):
+        Careless(str(tmp_path)).probe(new_token())
+
+
+def test_an_output_that_cannot_be_written_is_a_configuration_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"file/out.*cannot be written"):
+        Objects(str(tmp_path / "file" / "out")).probe(new_token())
+
+
+def test_a_single_writer_store_still_refuses_to_overwrite_what_is_there(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path), single_writer=True)
+    assert objects.create("a", b"mine", "mine")
+    assert not objects.create("a", b"yours", "yours")

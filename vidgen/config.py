@@ -1,0 +1,272 @@
+"""The schema of a job: every key there is, its type and default, and what can be checked without data.
+
+A YAML file and `key=value` overrides become a `JobConfig`; a mistake is a ConfigError that names the key, where it was
+written and what is allowed. Relative paths (`dataset.path`, `output.path`, `model.checkpoint`, `model.cache_dir`) are
+relative to the current directory, wherever the YAML lies, so a configuration of the repository is run from its root.
+Refuses to know families, datasets and stores: what depends on them is checked by `vidgen.plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, cast, get_type_hints
+
+import fsspec
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vidgen.config_rules import field_names, fits, leaves, members, nearest, show, type_name, value_mistakes
+from vidgen.errors import ConfigError
+
+
+@dataclass
+class ModelConfig:
+    family: str = "auto"
+    task: str = "t2v"
+    checkpoint: str = "demo"
+    revision: str | None = None
+    dtype: str | None = None
+    loras: list[Any] = field(default_factory=list)
+    pipeline: str | None = None
+    cache_dir: str | None = None
+
+
+@dataclass
+class DatasetConfig:
+    path: str = ""
+    columns: dict[str, Any] = field(default_factory=lambda: {"prompt": "prompt"})
+    id_column: str | None = None
+    where: str | None = None
+    limit: int | None = None
+    samples_per_row: int = 1
+    carry: list[str] | None = None
+    on_long_prompt: str = "truncate"
+    resize: str = "exact"
+    media_schemes: list[str] | None = None
+    max_rejected: int | None = None
+
+
+@dataclass
+class SamplingConfig:
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    sampler: str | None = None
+    shift: float | None = None
+    sigmas: list[float] | None = None
+    timesteps: list[float] | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SweepConfig:
+    over: dict[str, Any] = field(default_factory=dict)
+    mode: str = "product"
+
+
+@dataclass
+class ParallelConfig:
+    replicas: int | str = "auto"
+    degree: int | str | None = None
+    context: int | None = None
+    ulysses: int | None = None
+    ring: int | None = None
+    cfg: int = 1
+    by_shape: list[Any] = field(default_factory=list)
+    gpu: str | None = None
+
+
+@dataclass
+class EngineConfig:
+    device: str = "auto"
+    threads: int | str = "auto"
+    offload: str = "none"
+    quantization: str | None = None
+    vae_tiling: bool | str = "auto"
+    compile: bool | str = "auto"
+    attention: str = "auto"
+    batch_tokens: int | str = "auto"
+
+
+@dataclass
+class OutputConfig:
+    path: str = ""
+    format: str = "mp4"
+    codec: str | None = None
+    """null: the format's own (libx264 for mp4)."""
+    crf: int = 18
+
+
+@dataclass
+class RunConfig:
+    max_attempts: int = 3
+    breaker_failures: int = 50
+    max_gpu_hours: float | None = None
+    deadline: str | None = None
+    order: str = "auto"
+    lease: float = 60
+    hang_seconds: float | None = None
+    save_after: float = 300
+    save_every: int | None = None
+    single_writer: bool = False
+    allow_constant: bool = False
+    price_per_gpu_hour: float | None = None
+
+
+@dataclass
+class JobConfig:
+    """One job as written: null where the family's default is wanted. `vidgen.plan` resolves the nulls."""
+
+    name: str = "vidgen"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """Reads a YAML file (any fsspec URL), applies `key=value` overrides in order, checks what needs no data.
+
+    Raises ConfigError naming the key, the file or override it stands in, and what is allowed.
+    """
+    layers = [(_read_yaml(path), path)]
+    for override in overrides:
+        layers.append((_parse_override(override), f"override {override!r}"))
+    return _build(layers)
+
+
+def from_dict(values: Mapping[str, Any], source: str = "frozen config", overrides: Sequence[str] = ()) -> JobConfig:
+    """The inverse of `to_dict`, `key=value` overrides on top; raises ConfigError on an unknown key or a wrong type."""
+    layers = [(dict(values), source)]
+    return _build([*layers, *((_parse_override(override), f"override {override!r}") for override in overrides)])
+
+
+def to_dict(config: JobConfig) -> dict[str, Any]:
+    """Plain, JSON-ready dictionaries of every key, nulls included."""
+    return asdict(config)
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"params": {"strength": x}}` and `{"params.strength": x}` both as the latter."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if key == "params" and isinstance(value, Mapping):
+            result.update({f"params.{name}": inner for name, inner in value.items()})
+        else:
+            result[key] = value
+    return result
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        with fsspec.open(path, "r", encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"{path}: the configuration cannot be read: {error}") from error
+    try:
+        loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    values = OmegaConf.to_container(loaded, resolve=False) if OmegaConf.is_config(loaded) else loaded
+    if not isinstance(values, dict) or set(values) == {text.strip()}:
+        raise ConfigError(f"{path}: a configuration is a mapping of keys ({', '.join(field_names(JobConfig))})")
+    return cast(dict[str, Any], values)
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"override {override!r}: write it as key=value, for example sampling.height=480")
+    value: Any
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException):
+        value = text
+    if not isinstance(value, str) and value is not None and _takes_only_text(path):
+        value = text
+    for name in reversed(path):
+        value = {name: value}
+    return cast(dict[str, Any], value)
+
+
+def _takes_only_text(path: Sequence[str]) -> bool:
+    """True where the schema has a str (or str | None): `name=2024` is then text, not a number."""
+    cls: Any = JobConfig
+    for name in path:
+        if not is_dataclass(cls) or name not in field_names(cls):
+            return False
+        cls = get_type_hints(cls)[name]
+    return set(members(cls)) <= {str, type(None)}
+
+
+def _build(layers: Sequence[tuple[dict[str, Any], str]]) -> JobConfig:
+    sources: dict[str, str] = {}
+    mistakes: list[str] = []
+    merged = OmegaConf.structured(JobConfig)
+    for values, source in layers:
+        mistakes += _shape_mistakes(JobConfig, values, "", source)
+        sources.update({key: source for key, _ in leaves(values)})
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    try:
+        for values, source in layers:
+            last = source
+            merged = OmegaConf.merge(merged, OmegaConf.create(values))
+        last = layers[-1][1]
+        config = cast(JobConfig, OmegaConf.to_object(cast(DictConfig, merged)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{last}: {str(error).splitlines()[0]}") from error
+    config.dataset.columns = flat(config.dataset.columns)
+    config.sweep.over = flat(config.sweep.over)
+    for key in ("vae_tiling", "compile"):  # YAML reads a bare on/off as a boolean
+        value = getattr(config.engine, key)
+        setattr(config.engine, key, {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
+    mistakes = [f"{text}{_where(key, sources)}" for key, text in value_mistakes(config)]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return config
+
+
+def _where(key: str, sources: Mapping[str, str]) -> str:
+    for name in (key, *(k for k in sources if k.startswith(f"{key}."))):
+        if name in sources:
+            return f" (in {sources[name]})"
+    return ""
+
+
+def _shape_mistakes(cls: Any, values: Mapping[str, Any], prefix: str, source: str) -> list[str]:
+    """Unknown keys and wrong types of one layer."""
+    hints = get_type_hints(cls)
+    found = []
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            near = nearest(str(name), list(hints))
+            if not prefix and "known:" in near:  # perhaps a key of a room, written without it
+                inner = nearest(key, [k for k, _ in leaves(asdict(JobConfig()))])
+                near = near if "known:" in inner else inner
+            found.append(f"{key}: unknown key in {source}{near}")
+        elif is_dataclass(hints[name]):
+            if isinstance(value, Mapping):
+                found += _shape_mistakes(hints[name], value, f"{key}.", source)
+            else:
+                allowed = ", ".join(field_names(hints[name]))
+                found.append(f"{key}: {show(value)} in {source} is not a mapping; its keys: {allowed}")
+        elif not fits(value, hints[name]):
+            found.append(
+                f"{key}: {show(value)} ({type(value).__name__}) in {source} has the wrong type; "
+                f"allowed: {type_name(hints[name])}"
+            )
+    return found

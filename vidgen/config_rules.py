@@ -1,0 +1,225 @@
+"""Which values a configuration may have: closed lists, ranges, what this version can do, columns and sweeps.
+
+Knows the keys, not where they were written; refuses to know families, datasets and stores.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from vidgen.config import JobConfig
+
+MEDIA_FIELDS = ("image", "last_image", "video")
+COLUMN_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    *MEDIA_FIELDS,
+    "seed",
+    "height",
+    "width",
+    "num_frames",
+    "fps",
+    "num_inference_steps",
+    "guidance_scale",
+    "priority",
+)
+"""Request fields that `dataset.columns` may map, beside `params.*`."""
+
+
+CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "model.dtype": (None, "float32", "bfloat16", "float16"),
+    "dataset.on_long_prompt": ("truncate", "reject"),
+    "sweep.mode": ("product", "zip"),
+    "engine.device": ("auto", "cpu", "cuda"),
+    "engine.vae_tiling": ("auto", "on", "off"),
+    "output.format": ("mp4", "webm", "gif", "png"),
+}
+"""Keys with a closed list of values."""
+
+AVAILABLE: Mapping[str, tuple[Any, ...]] = {
+    "model.loras": ([],),
+    "model.pipeline": (None,),
+    "dataset.resize": ("exact",),
+    "dataset.media_schemes": (None,),
+    "parallel.degree": (None, 1),
+    "parallel.context": (None, 1),
+    "parallel.ulysses": (None, 1),
+    "parallel.ring": (None, 1),
+    "parallel.cfg": (1,),
+    "parallel.by_shape": ([],),
+    "parallel.gpu": (None,),
+    "engine.offload": ("none",),
+    "engine.quantization": (None,),
+    "engine.compile": ("auto", "off"),
+    "engine.attention": ("auto",),
+    "run.order": ("auto",),
+}
+"""Keys that are part of the schema while only these of their values work in this version; another is refused."""
+
+LEAST: Mapping[str, float] = {
+    "dataset.limit": 1,
+    "dataset.samples_per_row": 1,
+    "dataset.max_rejected": 0,
+    "sampling.height": 1,
+    "sampling.width": 1,
+    "sampling.num_frames": 1,
+    "sampling.num_inference_steps": 1,
+    "sampling.guidance_scale": 0,
+    "parallel.replicas": 1,
+    "engine.threads": 1,
+    "engine.batch_tokens": 1,
+    "output.crf": 0,
+    "run.max_attempts": 1,
+    "run.breaker_failures": 1,
+    "run.max_gpu_hours": 0,
+    "run.lease": 45,
+    "run.hang_seconds": 1,
+    "run.save_after": 0,
+    "run.save_every": 1,
+    "run.price_per_gpu_hour": 0,
+}
+"""Smallest allowed value of a number."""
+
+
+def value_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
+    """(key, sentence) for each value out of its range or list."""
+    for key in ("dataset.path", "output.path"):
+        if not _value(config, key):
+            yield key, f"{key}: required; a path or any fsspec URL"
+    for key, allowed in CHOICES.items():
+        if (value := _value(config, key)) not in allowed:
+            yield key, f"{key}: {show(value)} is not allowed; allowed: {', '.join(map(show, allowed))}"
+    for key, allowed in AVAILABLE.items():
+        if (value := _value(config, key)) not in allowed:
+            yield key, f"{key}: {show(value)} is not available in this version; allowed: {_listed(allowed)}"
+    for key in ("parallel.replicas", "engine.threads", "engine.batch_tokens"):
+        if isinstance(value := _value(config, key), str) and value != "auto":
+            yield key, f"{key}: {show(value)} is not allowed; allowed: auto, or a whole number from 1"
+    for key, least in LEAST.items():
+        value = _value(config, key)
+        if isinstance(value, (int, float)) and not value >= least:
+            yield key, f"{key}: {show(value)} is too small; allowed: {least:g} or more"
+    if config.sampling.fps is not None and not config.sampling.fps > 0:
+        yield "sampling.fps", f"sampling.fps: {config.sampling.fps:g} is too small; allowed: more than 0"
+    for key, value in leaves(asdict(config)):
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
+            yield key, f"{key}: {show(value)} is not a finite number"
+    yield from _column_mistakes(config)
+    yield from _sweep_mistakes(config)
+
+
+def _column_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
+    columns = config.dataset.columns
+    for name, column in columns.items():
+        key = f"dataset.columns.{name}"
+        if name not in COLUMN_FIELDS and not (name.startswith("params.") and len(name) > len("params.")):
+            yield key, f"{key}: unknown request field{nearest(name, [*COLUMN_FIELDS, 'params.<name>'])}"
+        elif not isinstance(column, str) or not column:
+            yield key, f"{key}: {show(column)} is not the name of a column"
+    if "prompt" not in columns:
+        yield "dataset.columns", "dataset.columns: prompt is required"
+
+
+def _sweep_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
+    over = config.sweep.over
+    allowed = [name for name in field_names(type(config.sampling)) if name not in ("seed", "params")]
+    for name, values in over.items():
+        key = f"sweep.over.{name}"
+        if name not in allowed and not name.startswith("params."):
+            yield key, f"{key}: not a sampling field that can be swept{nearest(name, [*allowed, 'params.<name>'])}"
+        elif not isinstance(values, list) or not values:
+            yield key, f"{key}: {show(values)} is not a list of one value or more"
+        elif not name.startswith("params."):
+            hint = get_type_hints(type(config.sampling))[name]
+            for value in values:
+                if not fits(value, hint) or value is None:
+                    yield key, f"{key}: {show(value)} has the wrong type; allowed: {type_name(hint)}"
+    lengths = {name: len(values) for name, values in over.items() if isinstance(values, list)}
+    if config.sweep.mode == "zip" and len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        yield "sweep.over", f"sweep.over: mode zip needs lists of one length; here: {listed}"
+
+
+def _value(config: JobConfig, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def field_names(cls: Any) -> list[str]:
+    return [f.name for f in fields(cls)]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or the whole list when nothing is near. A dotted key is near by its last name too."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if not close:
+        last = {key.rpartition(".")[2]: key for key in known}
+        close = [last[match] for match in difflib.get_close_matches(name, list(last), n=3, cutoff=0.7)]
+    if close:
+        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"; known: {', '.join(sorted(known))}"
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; an empty mapping has none."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
+
+
+def fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, str) and "${" in value:  # resolved later, checked by OmegaConf
+        return True
+    for member in members(hint):
+        origin, inner = get_origin(member) or member, get_args(member)
+        if member is Any or (member is type(None) and value is None):
+            return True
+        if origin is list and isinstance(value, list) and all(fits(v, inner[0]) for v in value):
+            return True
+        if origin is dict and isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
+            return True
+        if member is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return True
+        if isinstance(member, type) and type(value) is member:
+            return True
+    return False
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def type_name(hint: Any) -> str:
+    names = {type(None): "null", str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    parts = []
+    for member in members(hint):
+        if (origin := get_origin(member)) is list:
+            parts.append(f"a list of {type_name(get_args(member)[0])}")
+        elif origin is dict:
+            parts.append("a mapping")
+        else:
+            parts.append(names.get(member, str(member)))
+    return ", ".join(parts)
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(show, values))
+
+
+def show(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value)

@@ -1,0 +1,240 @@
+"""One model on one GPU (or CPU): load a checkpoint, make requests, generate videos. From a notebook, three lines
+after `from vidgen import engine, media`:
+
+    model = engine.load("demo")
+    for video in model.generate([model.request("a red circle moving left", seed=7)]):
+        media.write(video, "circle.mp4")
+
+Refuses to know Ray, datasets, and where videos are stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from vidgen import family as families
+from vidgen.checkpoint.folder import CheckpointFolder, open_checkpoint
+from vidgen.errors import CheckpointError, ConfigError, GenerationError
+from vidgen.family import Spec
+from vidgen.loop import Loop
+from vidgen.types import Hooks, Request, Video
+
+
+class Backend(Protocol):
+    """What generates: the native loop, or an object that a family's own `backend.py` loads."""
+
+    def generate(self, requests: Sequence[Request], hooks: Hooks) -> Iterator[Video]:
+        """One video a request, in order."""
+
+
+@dataclass
+class Engine:
+    """A loaded model. `gpu` is the GPU's name, "" on CPU; `checkpoint` and `checkpoint_hash` are "" without weights."""
+
+    family: str
+    task: str
+    spec: Spec
+    params: Any
+    backend: Backend
+    checkpoint: str
+    checkpoint_hash: str
+    gpu: str
+
+    def request(self, prompt: str, **overrides: Any) -> Request:
+        """A request with the family's defaults for what `overrides` (sampling fields, seed, params, tiling) leave out.
+
+        ValueError lists each rule that the request breaks.
+        """
+        known = {f.name for f in fields(Request)} - {"task", "prompt"}
+        if unknown := sorted(set(overrides) - known):
+            raise ValueError(f"unknown: {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
+        values = {"seed": 0, **self.spec.defaults(self.task, self.params), **overrides}
+        values["params"] = tuple(sorted(dict(values.get("params") or {}).items()))
+        for name in ("sigmas", "timesteps"):
+            values[name] = tuple(values[name]) if values.get(name) is not None else None
+        request = Request(task=self.task, prompt=prompt, **values)
+        problems = self.spec.problems(request, self.params, {})
+        if problems:
+            raise ValueError("; ".join(problems))
+        if "tiling" in overrides:
+            return request
+        return replace(request, tiling=self.spec.tiling("auto", request, self.params))
+
+    def generate(
+        self, requests: Sequence[Request], hooks: Hooks | None = None, batch: int | None = None
+    ) -> Iterator[Video]:
+        """One video a request, in order; each one's chunks are decoded as they are read.
+
+        Consecutive requests of one batch key share forwards, at most `batch` of them (None: all). Results are bit for
+        bit repeatable on CPU at batch 1 and a fixed number of threads. Raises ItemError (NaN), CapacityError (out of
+        memory), Cancelled (a hook asked for it).
+        """
+        hooks = hooks or Hooks()
+        if isinstance(self.backend, Loop):
+            return self.backend.generate(requests, hooks, batch)
+        return self.backend.generate(requests, hooks)
+
+
+def load(
+    checkpoint: str = "demo",
+    *,
+    family: str = "auto",
+    task: str = "t2v",
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    offload: str = "none",
+    quantization: str | None = None,
+    compile: str = "auto",
+    attention: str = "auto",
+    threads: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    expected_hash: str | None = None,
+) -> Engine:
+    """Loads a checkpoint: `demo`, a folder, a hub id (at `revision`), or any fsspec URL of a folder.
+
+    `family` auto reads model_index.json. `dtype` null is the published one of each component. `device` auto is the GPU
+    if there is one. `threads` are torch's, for the whole process. Remote checkpoints are copied to `cache_dir` (default
+    ~/.cache/vidgen). ConfigError and CheckpointError (of a checkpoint whose hash is not `expected_hash`, too) name the
+    value and the allowed ones; an option that the engine cannot honour is refused.
+    """
+    _refuse(quantization=(quantization, (None,)), compile=(compile, ("auto", "off")))
+    _refuse(attention=(attention, ("auto", "sdpa")))
+    if threads is not None and threads < 1:
+        raise ConfigError(f"engine.threads: {threads}; allowed: auto or at least 1")
+    folder = None
+    if family == "auto" or families.spec(family).CHECKPOINT:
+        folder = open_checkpoint(checkpoint, revision)
+        family = families.recognise(folder.configs()["model_index"]) if family == "auto" else family
+    spec = families.spec(family)
+    if task not in spec.TASKS:
+        raise ConfigError(f"model.task: {task!r} is not a task of {family}; allowed: {', '.join(spec.TASKS)}")
+    if folder is not None:
+        _check(folder, family, spec, expected_hash)
+    params = spec.read(folder.configs() if folder is not None else {})
+    cache_dir = Path(cache_dir or "~/.cache/vidgen").expanduser()
+    backend: Backend
+    if importlib.util.find_spec(f"vidgen.models.{family}.backend") is not None:
+        own = importlib.import_module(f"vidgen.models.{family}.backend")
+        backend = own.load(
+            checkpoint=checkpoint,
+            family=family,
+            task=task,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            offload=offload,
+            threads=threads,
+            cache_dir=str(cache_dir),
+            expected_hash=expected_hash,
+        )
+        gpu = str(getattr(backend, "gpu", ""))
+    else:
+        _refuse(offload=(offload, ("none",)))
+        assert folder is not None, f"{family} has neither weights nor a backend.py"
+        backend = _native(family, folder.fetched(cache_dir), spec, params, task, dtype, _device(device), threads)
+        place = backend.pipeline.device
+        gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else ""
+    name, digest = (folder.resolved.name, folder.hash()) if folder is not None else ("", "")
+    return Engine(family, task, spec, params, backend, name, digest, gpu)
+
+
+def _native(
+    family: str,
+    folder: CheckpointFolder,
+    spec: Spec,
+    params: Any,
+    task: str,
+    dtype: str | None,
+    device: torch.device,
+    threads: int | None,
+) -> Loop:
+    """The native loop over the family's `pipeline.py`."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    pipeline = importlib.import_module(f"vidgen.models.{family}.pipeline")
+    loaded = pipeline.load(folder, params, task=task, dtype=dtype, device=device)
+    return Loop(loaded, lambda request: spec.batch_key(request, params))
+
+
+def _refuse(**options: tuple[Any, tuple[Any, ...]]) -> None:
+    for name, (value, allowed) in options.items():
+        if value not in allowed:
+            choices = ", ".join("null" if choice is None else str(choice) for choice in allowed)
+            raise ConfigError(f"engine.{name}: {value!r} is not supported by the native engine; allowed: {choices}")
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"engine.device: {device!r} is not a device; allowed: auto, cpu, cuda, cuda:N") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(f"engine.device: {device!r} is not supported; allowed: auto, cpu, cuda, cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"engine.device: {device!r} is not there; this machine has {torch.cuda.device_count()} GPUs")
+    return place
+
+
+def _check(folder: CheckpointFolder, family: str, spec: Spec, expected_hash: str | None) -> None:
+    name = folder.resolved.name
+    found = folder.configs()["model_index"].get("_class_name")
+    if spec.PIPELINES and found not in spec.PIPELINES:
+        raise CheckpointError(f"{name}: _class_name is {found!r}; {family} runs {', '.join(spec.PIPELINES)}")
+    for component in spec.COMPONENTS:
+        if component not in folder.components:
+            raise CheckpointError(f"{name}: component {component} is missing; {family} needs it")
+    if expected_hash is not None and folder.hash() != expected_hash:
+        raise CheckpointError(f"{name}: checkpoint_hash is {folder.hash()}; the plan was made with {expected_hash}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m vidgen.engine PROMPT --out VIDEO.mp4`: one video, without Ray."""
+    from vidgen import media
+
+    parser = argparse.ArgumentParser(prog="python -m vidgen.engine", description="Generate one video.")
+    parser.add_argument("prompt")
+    parser.add_argument("--out", required=True, help="file to write; its ending chooses the format")
+    parser.add_argument("--checkpoint", default="demo", help="demo, a folder, a hub id, or a URL of a folder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as published")
+    parser.add_argument("--device", default="auto")
+    for name, kind in (("seed", int), ("steps", int), ("guidance-scale", float), ("height", int), ("width", int)):
+        parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--num-frames", type=int)
+    given = parser.parse_args(argv)
+    names = {"steps": "num_inference_steps"}
+    options = ("seed", "steps", "guidance_scale", "height", "width", "num_frames")
+    chosen = {names.get(name, name): value for name in options if (value := getattr(given, name)) is not None}
+    try:
+        engine = load(given.checkpoint, dtype=given.dtype, device=given.device)
+        request = engine.request(given.prompt, **chosen)
+        for video in engine.generate([request]):
+            written = media.write(video, given.out, format=_format(given.out, media.FORMATS))
+            print(f"{given.out}: {written.frames} frames, {written.bytes:,} bytes")
+    except (ValueError, GenerationError) as error:
+        parser.exit(2, f"error: {error}\n")
+    return 0
+
+
+def _format(out: str, formats: Mapping[str, Any]) -> str:
+    """The format whose files end as `out` does."""
+    for name, format in formats.items():
+        if Path(out).suffix == format.extension:
+            return name
+    allowed = ", ".join(format.extension for format in formats.values())
+    raise ConfigError(f"--out {out!r} must end in one of {allowed}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

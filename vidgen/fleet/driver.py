@@ -1,0 +1,314 @@
+"""Drives one run to its end: the dispatcher's decisions, carried out.
+
+Holds the lease, a window of the plan and one byte an item; feeds events to `dispatch.Dispatcher`, does what it says,
+and writes what only the driver may write: failed and quarantined commits, attempts, ledger, progress, manifest. Imports
+no ray (the fleet is given) and no torch: a head node has no GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Protocol
+
+from vidgen import manifest
+from vidgen.fleet import events as ev
+from vidgen.fleet.dispatch import Dispatcher, Rules
+from vidgen.fleet.progress import Progress, ReplicaState, Snapshot
+from vidgen.fleet.replica import Pulse
+from vidgen.plan.files import read_items
+from vidgen.store import commits, ledger
+from vidgen.store.epochs import BEAT_SECONDS, Lease
+from vidgen.store.objects import Objects, new_token
+from vidgen.store.state import State
+from vidgen.types import Plan, Record
+
+LEDGER_RECORDS = 5_000
+"""Commits gathered before they become a ledger part."""
+POLL_SECONDS = 0.25
+
+
+class Fleet(Protocol):
+    """Replicas, wherever they run: `vidgen.fleet.cluster.RayFleet`."""
+
+    def start(self, name: str) -> None: ...
+    def send(self, name: str, batch: int, works: tuple[ev.Work, ...]) -> None: ...
+    def recall(self, name: str, abandon: bool = False) -> None: ...
+    def pulses(self) -> dict[str, Pulse | None]: ...
+    def poll(self, timeout: float) -> list[ev.Event]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What ends a run early. `gpu_seconds` is cumulative over the run, `deadline` in seconds since the epoch."""
+
+    gpu_seconds: float | None = None
+    deadline: float | None = None
+    grace: float = 10.0
+    """Seconds that what is in flight gets after an interrupt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: the exit code of the command line, why, and items by state."""
+
+    code: int
+    reason: str
+    counts: dict[str, int]
+    elapsed: float
+
+
+@dataclass(slots=True)
+class Interrupt:
+    """Set by a signal handler, read by the loop. `grace`: seconds for what is in flight."""
+
+    asked: bool = False
+    grace: float | None = None
+
+
+class Driver:
+    """One run. `run()` returns when every item is terminal or the run must stop."""
+
+    def __init__(
+        self,
+        name: str,
+        objects: Objects,
+        plans: Sequence[Plan],
+        state: State,
+        lease: Lease,
+        fleet: Fleet,
+        progress: Progress,
+    ) -> None:
+        self.name, self.objects, self.plans = name, objects, plans
+        self.state, self.lease, self.fleet, self.progress = state, lease, fleet, progress
+        self.total = len(state.status)
+        self.rejected = sum(plan.counts.get("rejected", 0) for plan in plans)
+        self.token = new_token()
+        self.records: list[Record] = []
+        self.suspects: set[str] = set()
+        self.counts: dict[str, float] = {}
+        self.tasks: Iterator[ev.Task] = iter(())
+        self.interrupt = Interrupt()
+        self._stopping_until: float | None = None
+        self._queue: list[ev.Event] = []
+        self._spent_before = float(lease.before.get("gpu_seconds", 0.0))
+        self._busy: dict[str, float] = {}
+        self._outlived = not lease.unclean
+        self._began = time.monotonic()
+
+    # ---------------------------------------------------------------- the loop
+
+    def run(self, rules: Rules, replicas: Sequence[str], limits: Limits) -> Outcome:
+        """Runs until done, stopped or broken; always flushes what it knows before it returns."""
+        self._inherit()
+        self.tasks = self._pending()
+        dispatcher = self.dispatcher = Dispatcher(rules, list(replicas))
+        if self.state.count("pending"):
+            for name in replicas:
+                self.fleet.start(name)
+        self._feed(ev.Tick())
+        while dispatcher.finished is None:
+            heard = self.fleet.poll(POLL_SECONDS)
+            for event in heard or [ev.Tick()]:
+                self._feed(event)
+            self._housekeeping(limits)
+        return self._end(dispatcher.finished)
+
+    def _feed(self, event: ev.Event) -> None:
+        if isinstance(event, ev.ItemDone):
+            self._settle(event.record)
+        elif isinstance(event, ev.ReplicaLost):
+            self.progress.say(f"replica {event.replica} was lost ({event.cause}): {event.error}")
+        self._queue.append(event)
+        while self._queue:
+            for action in self.dispatcher.handle(self._queue.pop(0), time.monotonic()):
+                self._do(action)
+
+    def _do(self, action: ev.Action) -> None:
+        match action:
+            case ev.Send():
+                if not self._outlived:
+                    self._beat()
+                self.fleet.send(action.replica, action.batch, action.works)
+            case ev.Recall():
+                self.fleet.recall(action.replica)
+            case ev.Replace():
+                self.fleet.start(action.replica)
+            case ev.Look():
+                record = commits.read_commit(self.objects, action.generation, action.item_id)
+                if record is not None:
+                    self._settle(record)
+                self._queue.append(ev.Looked(action.item_id, record))
+            case ev.Evidence():
+                attempt = commits.Attempt(
+                    action.item_id, action.generation, action.error_class, action.count, new_token()
+                )
+                commits.record_attempt(
+                    self.objects, attempt, {"error": action.error, "node": action.node, "at": time.time()}
+                )
+            case ev.Settle():
+                self._give_up(action)
+            case ev.Refill():
+                tasks = tuple(itertools.islice(self.tasks, action.items))
+                self._queue.append(ev.Offered(tasks, exhausted=len(tasks) < action.items))
+            case ev.Finish():
+                pass
+
+    def _give_up(self, action: ev.Settle) -> None:
+        task = action.task
+        record = Record(
+            item_id=task.item_id,
+            ordinal=task.item.ordinal,
+            status=action.status,
+            generation=task.generation,
+            attempt=task.attempt,
+            error_class=action.error_class,
+            error=action.error,
+            created_at=time.time(),
+            vidgen_version=version("vidgen"),
+        )
+        self.lease.check()
+        _, truth = commits.commit(self.objects, record, self.token)
+        self._settle(truth)
+
+    def _settle(self, record: Record) -> None:
+        if self.state.settle(record):
+            self.records.append(record)
+
+    # ---------------------------------------------------------------- what is to do
+
+    def _inherit(self) -> None:
+        """What a predecessor that died left: items in flight on this host are suspects, and one that was alone in
+        flight as a suspect at another death gets a count (its token is the epoch's, so it counts once)."""
+        for attempt in commits.read_attempts(self.objects):
+            if attempt.generation == self.state.generation_of(attempt.item_id):
+                self.counts[attempt.item_id] = self.counts.get(attempt.item_id, 0.0) + attempt.count
+        if not self.lease.unclean:
+            return
+        before = self.lease.before
+        self.suspects = set(before.get("in_flight", ()))
+        if before.get("lone_suspect") and len(self.suspects) == 1:
+            (item_id,) = self.suspects
+            token = f"epoch{self.lease.epoch - 1}"
+            attempt = commits.Attempt(item_id, self.state.generation_of(item_id), "replica", 1.0, token)
+            self.lease.check()
+            commits.record_attempt(self.objects, attempt, {"error": "the driver died while it was alone in flight"})
+            self.counts[item_id] = self.counts.get(item_id, 0.0) + 1.0
+
+    def _pending(self) -> Iterator[ev.Task]:
+        """Pending items in the plan's order, suspects at the very end; parts that are all settled are not read."""
+        last: list[ev.Task] = []
+        for plan in self.plans:
+            for part in plan.parts:
+                if self.state.status[part.first : part.first + part.items].all():
+                    continue
+                for item in read_items(self.objects, plan, part):
+                    if self.state.is_pending(item.ordinal):
+                        count = self.counts.get(item.item_id, 0.0)
+                        suspect = item.item_id in self.suspects
+                        task = ev.Task(item, self.state.generation_of(item.item_id), count=count, suspect=suspect)
+                        if suspect:
+                            last.append(task)
+                        else:
+                            yield task
+        yield from last
+
+    # ---------------------------------------------------------------- beats, limits, display
+
+    def _housekeeping(self, limits: Limits) -> None:
+        now = time.monotonic()
+        for name, pulse in self.fleet.pulses().items():
+            if pulse is not None:
+                self._busy[name] = max(self._busy.get(name, 0.0), pulse.busy)
+        if now - self.lease.last_beat >= BEAT_SECONDS:
+            self.lease.check()
+            self._beat()
+            self._outlived = self._outlived or now - self._began > 2 * BEAT_SECONDS
+            if self.lease.stop_requested():
+                self._stop(130, "stopped by `vidgen stop`", None)
+        if len(self.records) >= LEDGER_RECORDS:
+            self._flush()
+        if limits.gpu_seconds is not None and self.gpu_seconds() >= limits.gpu_seconds:
+            self._stop(5, "run.max_gpu_hours is spent", None)
+        if limits.deadline is not None and time.time() >= limits.deadline:
+            self._stop(5, "run.deadline is reached", None)
+        if self.interrupt.asked:
+            grace = limits.grace if self.interrupt.grace is None else self.interrupt.grace
+            self._stop(130, "interrupted", grace)
+        if self._stopping_until is not None and now >= self._stopping_until and self.dispatcher.finished is None:
+            self.dispatcher.finished = ev.Finish(130, "interrupted; what was in flight is made again by the next run")
+        self.progress.show(self.snapshot())
+
+    def _stop(self, code: int, reason: str, grace: float | None) -> None:
+        if self.dispatcher.stopping is None:
+            self.progress.say(f"{reason}: waiting for what is in flight")
+            self._feed(ev.StopAsked(code, reason))
+        if grace is not None:
+            until = time.monotonic() + grace
+            self._stopping_until = min(until, self._stopping_until or until)
+
+    def _beat(self) -> None:
+        in_flight = self.dispatcher.in_flight()
+        here = [item_id for item_id, node in in_flight.items() if node == self.dispatcher.rules.own_node]
+        lone = len(here) == 1 and here[0] in self.suspects
+        self.lease.beat(in_flight=here, lone_suspect=lone, gpu_seconds=self.gpu_seconds(), counts=self.state.counts())
+
+    def gpu_seconds(self) -> float:
+        """Seconds that replicas have spent generating, over the whole run."""
+        return self._spent_before + sum(self._busy.values())
+
+    def snapshot(self, state: str = "") -> Snapshot:
+        counts = self.state.counts()
+        settled = self.total - counts["pending"]
+        rate = self.progress.rate(settled)
+        pulses = self.fleet.pulses()
+        states = [
+            ReplicaState(name, p.stage, p.step, p.steps, p.item_id) if p else ReplicaState(name, "starting")
+            for name, p in sorted(pulses.items())
+        ]
+        return Snapshot(
+            name=self.name,
+            total=self.total,
+            done=counts["done"],
+            failed=counts["failed"],
+            quarantined=counts["quarantined"],
+            rejected=self.rejected,
+            pending=counts["pending"],
+            in_flight=len(self.dispatcher.in_flight()),
+            rate=rate * 3600 if rate else None,
+            eta=counts["pending"] / rate if rate else None,
+            elapsed=self.progress.elapsed(),
+            gpu_seconds=self.gpu_seconds(),
+            state=state or ("stopping" if self.dispatcher.stopping else "running"),
+            replicas=states,
+        )
+
+    # ---------------------------------------------------------------- the end
+
+    def _flush(self) -> None:
+        if self.records:
+            ledger.write_part(self.objects, self.records)
+            self.records = []
+
+    def _end(self, finish: ev.Finish) -> Outcome:
+        self.fleet.close()
+        self._flush()
+        counts = self.state.counts()
+        code = finish.code
+        if code is None:
+            code = 3 if counts["failed"] or counts["quarantined"] else 0
+            self.lease.check()
+            manifest.write(self.objects, self.plans, self.state, self.token, before_write=self.lease.check)
+        self.progress.show(self.snapshot("finished" if finish.code is None else "stopped"), last=True)
+        self.lease.release(in_flight=[], gpu_seconds=self.gpu_seconds(), counts=counts)
+        return Outcome(code, finish.reason, counts, self.progress.elapsed())
+
+
+def replica_names(count: int) -> list[str]:
+    """r0, r1, ...: padded so that they sort."""
+    width = len(str(max(0, count - 1)))
+    return [f"r{index:0{width}d}" for index in range(count)]

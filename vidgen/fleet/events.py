@@ -1,0 +1,205 @@
+"""What happens to a fleet, and what the dispatcher wants done: plain values, so that a history can be written down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vidgen.types import Item, Record
+
+# ---------------------------------------------------------------- work
+
+
+@dataclass(slots=True)
+class Task:
+    """An item on its way to a terminal state. `count` is what its failed attempts weigh, `attempt` how often it was
+    started, `suspect` that it was in flight when a driver died, `alone` that it must not share a batch."""
+
+    item: Item
+    generation: int = 0
+    count: float = 0.0
+    attempt: int = 0
+    suspect: bool = False
+    alone: bool = False
+    killed_on: set[str] = field(default_factory=set)
+    not_before: float = 0.0
+
+    @property
+    def item_id(self) -> str:
+        return self.item.item_id
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One item as a replica gets it."""
+
+    item: Item
+    generation: int
+    attempt: int
+
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """More of the plan, in its order. `exhausted`: there is no more."""
+
+    tasks: tuple[Task, ...]
+    exhausted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReady:
+    replica: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLost:
+    """`cause` is crash, hang, node (its machine went away), start (it never became ready) or refused (it may not run:
+    another checkpoint, an output it cannot see)."""
+
+    replica: str
+    cause: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchGenerated:
+    """All frames of the batch are made; what remains is writing, beside the next batch."""
+
+    replica: str
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReturned:
+    """The replica gave a batch back unstarted."""
+
+    replica: str
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ItemDone:
+    """The item's commit is in the store, by this replica or by whoever was first."""
+
+    replica: str
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFailed:
+    """`error_class` is item, capacity or infrastructure; `signature` groups equal failures."""
+
+    replica: str
+    item_id: str
+    error_class: str
+    error: str
+    signature: str
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """Answer to Look: the item's commit, or None."""
+
+    item_id: str
+    record: Record | None
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """No new batches. `code` is the exit code when what is in flight has ended."""
+
+    code: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = (
+    Offered
+    | ReplicaReady
+    | ReplicaLost
+    | BatchGenerated
+    | BatchReturned
+    | ItemDone
+    | ItemFailed
+    | Looked
+    | StopAsked
+    | Tick
+)
+
+# ---------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    replica: str
+    batch: int
+    works: tuple[Work, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Ask a replica to give back what it has not started."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """Start a new replica in the place of one that was lost."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Read the item's commit: a replica that died may have finished it."""
+
+    item_id: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Record a failed attempt, durable; `count` 0 while it is withheld."""
+
+    item_id: str
+    generation: int
+    error_class: str
+    count: float
+    error: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Commit an item as failed or quarantined."""
+
+    task: Task
+    status: str
+    error_class: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refill:
+    """The window has room for this many items."""
+
+    items: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Nothing is left to do, or nothing may be done. `code` None: the items' states decide (0 or 3)."""
+
+    code: int | None
+    reason: str
+
+
+Action = Send | Recall | Replace | Look | Evidence | Settle | Refill | Finish

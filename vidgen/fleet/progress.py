@@ -1,0 +1,152 @@
+"""How far a run is: counts, rate, time left.
+
+Shown live in a terminal, as a line every few seconds in a log, and mirrored in OUTPUT/progress.json so that
+`vidgen status` needs no cluster. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from vidgen.report.wording import duration
+from vidgen.store.objects import Objects
+
+LOG_SECONDS = 5.0
+RATE_WINDOW = 300.0
+"""Seconds over which the rate is measured."""
+
+
+@dataclass(slots=True)
+class ReplicaState:
+    """One replica: starting, idle, or the stage of the item it makes."""
+
+    name: str
+    stage: str
+    step: int = 0
+    steps: int = 0
+    item_id: str = ""
+
+    def text(self) -> str:
+        step = f" {self.step}/{self.steps}" if self.steps else ""
+        return f"{self.stage}{step}" + (f" {self.item_id[:8]}" if self.item_id and self.stage != "idle" else "")
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """What a person wants to know while it runs. `rate` is items an hour, `eta` seconds left; None while unknown."""
+
+    name: str
+    total: int
+    done: int
+    failed: int
+    quarantined: int
+    rejected: int
+    pending: int
+    in_flight: int
+    rate: float | None
+    eta: float | None
+    elapsed: float
+    gpu_seconds: float
+    state: str
+    replicas: list[ReplicaState] = field(default_factory=list)
+    updated_at: float = field(default_factory=time.time)
+
+
+class Progress:
+    """Feeds one display and progress.json. `interactive` None: live where standard error is a terminal."""
+
+    def __init__(self, objects: Objects, *, interactive: bool | None = None, quiet: bool = False) -> None:
+        self.objects = objects
+        self.console = Console(stderr=True)
+        self.interactive = sys.stderr.isatty() if interactive is None else interactive
+        self.quiet = quiet
+        self._live: Live | None = None
+        self._last_line = self._last_write = 0.0
+        self._history: deque[tuple[float, int]] = deque()
+        self._began = time.monotonic()
+
+    def rate(self, settled: int) -> float | None:
+        """Items a second over the last minutes, from the count of settled items now."""
+        now = time.monotonic()
+        self._history.append((now, settled))
+        while self._history[0][0] < now - RATE_WINDOW:
+            self._history.popleft()
+        since, before = self._history[0]
+        if settled == before or now - since < 0.5:
+            return None
+        return (settled - before) / (now - since)
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def say(self, text: str) -> None:
+        """One line, above the live display or in the log."""
+        if not self.quiet:
+            self.console.print(Text(text), highlight=False, soft_wrap=True)
+
+    def show(self, snapshot: Snapshot, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if not self.quiet and self.interactive:
+            if self._live is None:
+                self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+                self._live.start()
+            self._live.update(panel(snapshot))
+        elif not self.quiet and (last or now - self._last_line >= LOG_SECONDS):
+            self._last_line = now
+            self.say(line(snapshot))
+        if last or now - self._last_write >= LOG_SECONDS:
+            self._last_write = now
+            self.objects.put("progress.json", json.dumps(asdict(snapshot), indent=1).encode())
+        if last:
+            self.close()
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def line(snapshot: Snapshot) -> str:
+    """One log line."""
+    parts = [f"{snapshot.done}/{snapshot.total} done"]
+    if snapshot.failed or snapshot.quarantined:
+        parts.append(f"{snapshot.failed} failed, {snapshot.quarantined} quarantined")
+    parts.append(f"{snapshot.in_flight} in flight")
+    if snapshot.rate:
+        parts.append(f"{snapshot.rate:,.0f} items/h")
+    if snapshot.eta is not None:
+        parts.append(f"{duration(snapshot.eta)} left")
+    busy = [f"{r.name}: {r.text()}" for r in snapshot.replicas[:8]]
+    return f"[{snapshot.name}] {', '.join(parts)}" + (f" | {'; '.join(busy)}" if busy else "")
+
+
+def panel(snapshot: Snapshot) -> Group:
+    """The live display: a bar, the counts, a line a replica."""
+    settled = snapshot.done + snapshot.failed + snapshot.quarantined
+    head = Text.assemble(
+        (f" {snapshot.name} ", "bold reverse"),
+        f"  {snapshot.state}  ",
+        (f"{snapshot.done} done", "green"),
+        ("" if not snapshot.failed else f"  {snapshot.failed} failed", "red"),
+        ("" if not snapshot.quarantined else f"  {snapshot.quarantined} quarantined", "magenta"),
+        ("" if not snapshot.rejected else f"  {snapshot.rejected} rejected", "yellow"),
+        f"  of {snapshot.total}   ",
+        f"{snapshot.rate:,.0f} items/h   " if snapshot.rate else "",
+        f"{duration(snapshot.eta)} left" if snapshot.eta is not None else "",
+    )
+    replicas = Table.grid(padding=(0, 2))
+    for replica in snapshot.replicas[:16]:
+        replicas.add_row(Text(f"  {replica.name}", "cyan"), replica.text())
+    if len(snapshot.replicas) > 16:
+        replicas.add_row("", f"and {len(snapshot.replicas) - 16} more replicas")
+    return Group(head, ProgressBar(total=max(1, snapshot.total), completed=settled, width=80), replicas)

@@ -1,0 +1,343 @@
+"""One replica: an engine that generates, and a writer that encodes, stores and commits beside the next item.
+
+Two threads and a bounded hand-over between them: the engine's frames go to ffmpeg as they are decoded, and the finished
+file is probed, hashed, put and committed while the next batch denoises. Refuses to know Ray and the plan: it gets work,
+and gives back events. `vidgen.fleet.cluster` wraps it in an actor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from vidgen import family, media
+from vidgen.errors import Cancelled, ConfigError, GenerationError, InfrastructureError, ItemError
+from vidgen.fleet.events import BatchGenerated, BatchReturned, Event, ItemDone, ItemFailed, Work
+from vidgen.report.summary import signature
+from vidgen.store import commits
+from vidgen.store.epochs import start_time
+from vidgen.store.objects import Objects, new_token
+from vidgen.types import Hooks, Record, Request, Video
+
+WRITE_AHEAD = 2
+"""Finished videos that may wait for the writer before the engine has to."""
+CONNECTION_ERRORS = (ConnectionError, TimeoutError)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All a replica must know. `probe` is the path and content of an object that the driver wrote at start: a replica
+    that cannot read it back does not see the driver's store."""
+
+    output: str
+    single_writer: bool
+    probe: tuple[str, str]
+    family: str
+    task: str
+    checkpoint: str
+    revision: str | None
+    checkpoint_hash: str
+    dtype: str | None
+    device: str
+    offload: str
+    threads: int | None
+    cache_dir: str | None
+    format: str
+    codec: str
+    crf: int
+    allow_constant: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """What a replica answers when polled: what happened since, and where it stands. `silent` is seconds since the
+    engine last showed a sign of life while it had work, `busy` seconds it has spent generating in all."""
+
+    events: tuple[Event, ...]
+    stage: str
+    step: int
+    steps: int
+    silent: float
+    busy: float
+    item_id: str
+
+
+@dataclass(slots=True)
+class Handover:
+    """A video whose frames are all in ffmpeg's hands."""
+
+    work: Work
+    video: Video
+    encoder: media.Encoder | None
+    place: Path
+    batch: int
+    started_at: float
+
+
+class Worker:
+    """An engine and a writer behind a queue. `submit` returns at once; `poll` reports what came of it."""
+
+    def __init__(self, name: str, node: str, settings: Settings) -> None:
+        self.name, self.node, self.settings = name, node, settings
+        self.objects = Objects(settings.output, single_writer=settings.single_writer)
+        self.token = new_token()
+        self._batches: queue.Queue[tuple[int, tuple[Work, ...]] | None] = queue.Queue()
+        self._written: queue.Queue[Handover | None] = queue.Queue(maxsize=WRITE_AHEAD)
+        self._events: queue.Queue[Event] = queue.Queue()
+        self._stage, self._step, self._steps, self._current = "idle", 0, 0, ""
+        self._heartbeat = time.monotonic()
+        self._busy = 0.0
+        self._cancel = threading.Event()
+        self._gpu = ""
+        self._scratch: Path | None = None
+        self._threads: list[threading.Thread] = []
+        self._engine: Any = None
+        self._frames_out = family.spec(settings.family).frames_out
+
+    # ---------------------------------------------------------------- what the driver calls
+
+    def start(self) -> str:
+        """Loads the model and starts working; returns the node's name. ConfigError if this replica must not run."""
+        self._read_back()
+        self._scratch = _scratch_folder()
+        self._engine = self._load()
+        for target in (self._work, self._write):
+            thread = threading.Thread(target=target, name=f"{self.name}-{target.__name__}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self.node
+
+    def submit(self, batch: int, works: tuple[Work, ...]) -> None:
+        self._batches.put((batch, works))
+
+    def recall(self, abandon: bool = False) -> None:
+        """Gives back what has not started; with `abandon`, also what runs, at its next step."""
+        if abandon:
+            self._cancel.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting = self._batches.get_nowait()
+                if waiting is not None:
+                    self._events.put(BatchReturned(self.name, waiting[0]))
+
+    def poll(self, timeout: float) -> Pulse:
+        """Waits up to `timeout` seconds for something to happen and reports all that has."""
+        events: list[Event] = []
+        with contextlib.suppress(queue.Empty):
+            events.append(self._events.get(timeout=timeout))
+            while True:
+                events.append(self._events.get_nowait())
+        silent = time.monotonic() - self._heartbeat if self._stage != "idle" else 0.0
+        return Pulse(tuple(events), self._stage, self._step, self._steps, silent, self._busy, self._current)
+
+    def close(self) -> None:
+        """Ends the threads once what is in hand is written, and removes the scratch folder."""
+        self._batches.put(None)
+        for thread in self._threads:
+            thread.join()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    # ---------------------------------------------------------------- generating
+
+    def _read_back(self) -> None:
+        path, content = self.settings.probe
+        try:
+            found = self.objects.read(path).decode()
+        except FileNotFoundError:
+            found = ""
+        if found != content:
+            raise ConfigError(
+                f"output.path: a replica on {self.node} does not see what the driver wrote to "
+                f"{self.settings.output!r}; it must be storage that every node shares "
+                "(s3://, gs://, abfs://, or a shared folder)"
+            )
+
+    def _load(self) -> Any:
+        from vidgen import engine
+
+        settings = self.settings
+        loaded = engine.load(
+            settings.checkpoint,
+            family=settings.family,
+            task=settings.task,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=settings.device,
+            offload=settings.offload,
+            threads=settings.threads,
+            cache_dir=settings.cache_dir,
+            expected_hash=settings.checkpoint_hash or None,
+        )
+        self._gpu = str(getattr(loaded, "gpu", ""))
+        return loaded
+
+    def _progress(self, stage: str, step: int, steps: int) -> None:
+        self._stage, self._step, self._steps = stage, step, steps
+        self._heartbeat = time.monotonic()
+
+    def _work(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            number, works = batch
+            self._progress("encode", 0, 0)
+            self._current = works[0].item.item_id
+            begun = time.monotonic()
+            self._generate(number, works)
+            self._busy += time.monotonic() - begun
+            self._stage = "idle"
+        self._written.put(None)
+
+    def _generate(self, number: int, works: tuple[Work, ...]) -> None:
+        left = list(works)
+        hooks = Hooks(progress=self._progress, cancelled=self._cancel.is_set)
+        started_at = time.time()
+        try:
+            requests = [work.item.request for work in works]
+            for video in self._engine.generate(requests, hooks):
+                work = left[0]
+                self._current = work.item.item_id
+                handover = self._encode(work, video, started_at)
+                left.pop(0)
+                self._written.put(handover)
+        except Cancelled:
+            self._events.put(BatchReturned(self.name, number))
+            return
+        except Exception as error:  # whatever an engine raises is the items' failure, and is recorded with each
+            for work in left:
+                self._fail(work, error)
+        self._events.put(BatchGenerated(self.name, number))
+
+    def _encode(self, work: Work, video: Video, started_at: float) -> Handover:
+        """Streams the frames into ffmpeg; on return the engine is free for the next video."""
+        assert self._scratch is not None
+        settings, request = self.settings, work.item.request
+        place = self._scratch / f"{work.item.item_id}{_extension(settings.format)}"
+        if video.encoded is not None:
+            return Handover(work, video, None, place, video.batch, started_at)
+        size = (request.height, request.width)
+        encoder = media.start(place, size, request.fps, format=settings.format, codec=settings.codec, crf=settings.crf)
+        try:
+            for chunk in video.chunks:
+                encoder.frames(chunk)
+                self._heartbeat = time.monotonic()
+        except BaseException:
+            encoder.abort()
+            raise
+        return Handover(work, video, encoder, place, video.batch, started_at)
+
+    # ---------------------------------------------------------------- writing
+
+    def _write(self) -> None:
+        while (handover := self._written.get()) is not None:
+            try:
+                record = self._commit(handover)
+                self._events.put(ItemDone(self.name, record))
+            except Exception as error:  # recorded with the item, whatever it is
+                self._fail(handover.work, error)
+            finally:
+                handover.place.unlink(missing_ok=True)
+
+    def _commit(self, handover: Handover) -> Record:
+        """Finish, check, put, commit, see the object there: in this order, so that a commit always has its video."""
+        settings, work, video = self.settings, handover.work, handover.video
+        begun, write_started_at = time.monotonic(), time.time()
+        if handover.encoder is None:
+            assert video.encoded is not None
+            encoded = media.adopt(video.encoded, handover.place, format=settings.format)
+        else:
+            encoded = handover.encoder.finish()
+            _check(media.probe(handover.place), work.item.request, self._frames_out(work.item.request))
+        _check(encoded, work.item.request, self._frames_out(work.item.request))
+        if encoded.constant and not settings.allow_constant:
+            raise ItemError("every frame is one flat colour; run.allow_constant: true accepts such videos")
+        path = commits.video_path(work.item.item_id, encoded.sha256, _extension(settings.format)[1:])
+        self.objects.put_file(path, handover.place)
+        seconds = {name: round(video.seconds.get(name, 0.0), 4) for name in ("encode", "denoise", "decode")}
+        record = Record(
+            item_id=work.item.item_id,
+            ordinal=work.item.ordinal,
+            status="done",
+            generation=work.generation,
+            attempt=work.attempt,
+            video=path,
+            sha256=encoded.sha256,
+            bytes=encoded.bytes,
+            frames=encoded.frames,
+            dtype=video.dtype,
+            batch=handover.batch,
+            context=video.context,
+            gpu=self._gpu,
+            node=self.node,
+            replica=self.name,
+            encode_s=seconds["encode"],
+            denoise_s=seconds["denoise"],
+            decode_s=seconds["decode"],
+            write_s=round(time.monotonic() - begun, 4),
+            started_at=handover.started_at,
+            write_started_at=write_started_at,
+            created_at=time.time(),
+            vidgen_version=version("vidgen"),
+        )
+        ours, truth = commits.commit(self.objects, record, self.token)
+        if ours and self.objects.size(path) != encoded.bytes:
+            self.objects.put_file(path, handover.place)
+        return truth
+
+    def _fail(self, work: Work, error: Exception) -> None:
+        error_class, text = classify(error), describe(error)
+        self._events.put(ItemFailed(self.name, work.item.item_id, error_class, text, signature(error_class, text)))
+
+
+def classify(error: BaseException) -> str:
+    """The failure class of an exception: item, capacity or infrastructure."""
+    if isinstance(error, GenerationError):
+        return error.error_class
+    if isinstance(error, MemoryError):
+        return "capacity"
+    if isinstance(error, CONNECTION_ERRORS) or (isinstance(error, OSError) and error.errno in _STORAGE_ERRORS):
+        return InfrastructureError.error_class
+    return "item"
+
+
+_STORAGE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE}
+
+
+def describe(error: BaseException) -> str:
+    """One line: the message, with the type's name unless the error is one of ours."""
+    text = " ".join(str(error).split())
+    named = isinstance(error, GenerationError) and bool(text)
+    return text[:2000] if named else f"{type(error).__name__}: {text}"[:2000]
+
+
+def _check(found: media.Encoded | media.Probe, request: Request, frames: int) -> None:
+    size, wanted = (found.width, found.height), (request.width, request.height)
+    if size != wanted or found.frames != frames:
+        raise ItemError(f"the file holds {found.frames} frames of {size}, expected {frames} of {wanted}")
+
+
+def _extension(format: str) -> str:
+    return media.FORMATS[format].extension
+
+
+def _scratch_folder() -> Path:
+    """A folder of this process below the system's temporary one; those of processes that died are swept."""
+    root = Path(tempfile.gettempdir()) / f"vidgen-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    root.mkdir(exist_ok=True)
+    for folder in root.iterdir():
+        with contextlib.suppress(ValueError):
+            host, pid, begun, _ = folder.name.rsplit("_", 3)
+            if host == socket.gethostname() and start_time(int(pid)) != begun:
+                shutil.rmtree(folder, ignore_errors=True)
+    begun = start_time(os.getpid()) or "0"
+    return Path(tempfile.mkdtemp(prefix=f"{socket.gethostname()}_{os.getpid()}_{begun}_", dir=root))

@@ -1,0 +1,178 @@
+"""`vidgen generate`: plan if there is no plan, become the driver, bring up replicas, drive to the end.
+
+The one place where configuration, plan, lease, cluster and driver meet. Refuses to print results; `vidgen.cli` does.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+from vidgen import family, manifest
+from vidgen.config import JobConfig
+from vidgen.errors import ConfigError
+from vidgen.fleet import cluster
+from vidgen.fleet.dispatch import Rules
+from vidgen.fleet.driver import Driver, Interrupt, Limits, Outcome, replica_names
+from vidgen.fleet.opening import Run, deadline_of, prepare
+from vidgen.fleet.progress import Progress
+from vidgen.fleet.replica import Settings
+from vidgen.plan.cost import device_problem
+from vidgen.store import epochs, state
+from vidgen.store.objects import Objects
+
+GPU_BATCH_TOKENS = 16_384
+"""Batching pays below about this many tokens a forward."""
+BATCH_ITEMS = 32
+CPU_REPLICA_BYTES = 1_500_000_000
+"""What a replica on CPU takes beside its weights: interpreter, torch, activations of small models."""
+TERMINATE_GRACE = 1.0
+"""Seconds after SIGTERM for what is in flight; `ray job stop` kills after three."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line adds to the configuration."""
+
+    address: str | None = None
+    takeover: bool = False
+    quiet: bool = False
+
+
+def generate(source: str, overrides: Sequence[str], options: Options) -> tuple[Run, Outcome]:
+    """Runs or resumes a job until every item is terminal, or it must stop. Raises UserError (exit 2), Held (75)."""
+    progress = Progress(Objects("memory://"), quiet=options.quiet)
+    run = prepare(source, overrides, progress.say)
+    progress.objects = run.objects
+    lease = epochs.acquire(run.objects, lease=run.config.run.lease, takeover=options.takeover)
+    held = state.load(run.objects, run.items, compact=True)
+    if not held.count("pending") and manifest.is_valid(run.objects, run.plans, held):
+        counts = held.counts()
+        lease.release(in_flight=[], gpu_seconds=lease.before.get("gpu_seconds", 0.0), counts=counts)
+        code = 3 if counts["failed"] or counts["quarantined"] else 0
+        return run, Outcome(code, "nothing to do: every item is terminal", counts, 0.0)
+    try:
+        return run, _drive(run, held, lease, progress, options)
+    finally:
+        progress.close()
+
+
+def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress, options: Options) -> Outcome:
+    pending = held.count("pending")
+    progress.say(f"{pending} of {run.items} items to do, output {run.objects.url}")
+    interrupt = Interrupt()
+    with _signals(interrupt) as install:
+        cluster.connect(options.address, progress.say)
+        install()
+        settings, resources = _replicas(run, pending, lease)
+        progress.say(f"{resources.replicas} replicas on {settings.device}, {settings.threads or 'all'} threads each")
+        fleet = cluster.RayFleet(settings, resources, run.config.run.hang_seconds)
+        driver = Driver(run.config.name, run.objects, run.plans, held, lease, fleet, progress)
+        driver.interrupt = interrupt
+        try:
+            return driver.run(_rules(run, settings), replica_names(resources.replicas), _limits(run.config))
+        finally:
+            fleet.close()
+            cluster.disconnect()
+
+
+def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, cluster.Resources]:
+    config, plan = run.config, run.plans[-1]
+    cpus, gpus, memory = cluster.cluster_resources()
+    device = config.engine.device
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    needs_weights = family.spec(plan.family).CHECKPOINT
+    problem = device_problem(plan.estimate, config.engine.device, gpus, cpus) if needs_weights else None
+    if problem:
+        raise ConfigError(problem)
+    wanted = config.parallel.replicas
+    if device == "cuda" and needs_weights:
+        count = gpus if wanted == "auto" else int(wanted)
+        resources = cluster.Resources(min(count, pending) or 1, cpus=1, gpus=1)
+        if count > gpus:
+            raise ConfigError(f"parallel.replicas: {count}, but the cluster has {gpus} GPUs; at most one replica a GPU")
+        threads = None if config.engine.threads == "auto" else int(config.engine.threads)
+    else:
+        device = "cpu"
+        most = max(1, memory // (CPU_REPLICA_BYTES + 2 * int(plan.estimate.get("weight_bytes", 0))))
+        count = min(cpus, most, pending) if wanted == "auto" else int(wanted)
+        count = max(1, count)
+        threads = max(1, cpus // count) if config.engine.threads == "auto" else int(config.engine.threads)
+        share = cpus / count
+        resources = cluster.Resources(count, cpus=float(int(share)) if share > 1 else share * 0.99, gpus=0)
+    objects = run.objects
+    token = f"epoch {lease.epoch} {lease.token}"
+    probe = f"epochs/{lease.epoch}.probe"
+    objects.put(probe, token.encode())
+    settings = Settings(
+        output=objects.root if objects.local else objects.url,
+        single_writer=config.run.single_writer,
+        probe=(probe, token),
+        family=plan.family,
+        task=plan.task,
+        checkpoint=plan.checkpoint,
+        revision=config.model.revision,
+        checkpoint_hash=plan.checkpoint_hash,
+        dtype=config.model.dtype,
+        device=device,
+        offload=config.engine.offload,
+        threads=threads,
+        cache_dir=config.model.cache_dir,
+        format=config.output.format,
+        codec=plan.resolved["output"]["codec"],
+        crf=config.output.crf,
+        allow_constant=config.run.allow_constant,
+    )
+    return settings, resources
+
+
+def _rules(run: Run, settings: Settings) -> Rules:
+    config = run.config
+    tokens = config.engine.batch_tokens
+    if tokens == "auto":
+        exact_anyway = not family.spec(run.plans[-1].family).CHECKPOINT
+        tokens = GPU_BATCH_TOKENS if settings.device == "cuda" or exact_anyway else 0
+    return Rules(
+        max_attempts=config.run.max_attempts,
+        breaker_failures=config.run.breaker_failures,
+        batch_tokens=int(tokens),
+        batch_items=BATCH_ITEMS,
+        own_node=cluster.own_node(),
+    )
+
+
+def _limits(config: JobConfig) -> Limits:
+    hours = config.run.max_gpu_hours
+    deadline = deadline_of(config.run.deadline, datetime.now().astimezone()) if config.run.deadline else None
+    return Limits(gpu_seconds=hours * 3600 if hours is not None else None, deadline=deadline)
+
+
+@contextmanager
+def _signals(interrupt: Interrupt) -> Iterator[Callable[[], None]]:
+    """SIGINT asks to stop and waits a little; a second one, or SIGTERM, hardly waits. Yields what puts the handlers in
+    place again, for after `ray.init`, which installs its own."""
+
+    def interrupted(number: int, frame: object) -> None:
+        again = interrupt.asked
+        interrupt.asked = True
+        if number == signal.SIGTERM or again:
+            interrupt.grace = TERMINATE_GRACE if number == signal.SIGTERM else 0.0
+
+    def install() -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in before:
+                signal.signal(number, interrupted)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    install()
+    try:
+        yield install
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)

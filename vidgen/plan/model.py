@@ -1,0 +1,80 @@
+"""Which family makes the videos, from which checkpoint: configuration keys to a Spec, its sizes and a hash.
+
+Reads configs only, never weights. Refuses to know rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vidgen import family, media, tokens
+from vidgen.checkpoint.folder import CheckpointFolder, open_checkpoint
+from vidgen.config import JobConfig
+from vidgen.errors import ConfigError, UserError
+from vidgen.family import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A family, bound to a checkpoint. `checkpoint`, `commit` and `checkpoint_hash` are "" for one without weights."""
+
+    family: str
+    spec: Spec
+    params: Any
+    checkpoint: str
+    commit: str
+    checkpoint_hash: str
+    codec: str
+    folder: CheckpointFolder | None
+
+    def text_limit(self) -> tuple[tokens.Counter, int] | None:
+        """A counter and the most tokens a prompt may have, where the family has such a limit."""
+        found = self.spec.text_limit(self.params)
+        if found is None or self.folder is None:
+            return None
+        component, limit = found
+        return tokens.counter(self.folder.files(component), self.folder.read, component), limit
+
+
+def resolve(config: JobConfig) -> Model:
+    """ConfigError or CheckpointError (both end with exit code 2) names the key or the missing component."""
+    name, folder = config.model.family, None
+    if name == "auto" or family.spec(name).CHECKPOINT:
+        folder = open_checkpoint(config.model.checkpoint, config.model.revision)
+    configs = folder.configs() if folder is not None else {}
+    if name == "auto":
+        name = family.recognise(configs["model_index"])
+    spec = family.spec(name)
+    missing = [component for component in spec.COMPONENTS if component not in configs]
+    if folder is not None and missing:
+        raise ConfigError(
+            f"model.checkpoint: {folder.resolved.name} has no {', '.join(missing)}; "
+            f"{name} needs {', '.join(spec.COMPONENTS)}"
+        )
+    if config.model.task not in spec.TASKS:
+        raise ConfigError(
+            f"model.task: {config.model.task!r} is not a task of {name}; allowed: {', '.join(spec.TASKS)}"
+        )
+    return Model(
+        family=name,
+        spec=spec,
+        params=spec.read(configs),
+        checkpoint=folder.resolved.name if folder else "",
+        commit=folder.resolved.commit if folder else "",
+        checkpoint_hash=folder.hash() if folder else "",
+        codec=_codec(config),
+        folder=folder,
+    )
+
+
+def _codec(config: JobConfig) -> str:
+    output = config.output
+    try:
+        codec = media.codec_of(output.format, output.codec)
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    if codec.crf is not None and not codec.crf[0] <= output.crf <= codec.crf[1]:
+        low, high = codec.crf
+        raise ConfigError(f"output.crf: {output.crf} is not allowed; {codec.name} takes {low} to {high}")
+    return codec.name

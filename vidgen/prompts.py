@@ -1,0 +1,324 @@
+"""Parquet to rows: finding the files, one schema over all of them, streaming batches, `where` and `limit`.
+
+A dataset is a file, a folder, a glob or a Hive-partitioned folder below any fsspec URL; it is read in file order (by
+name), row group by row group, and never held whole. A dataset that cannot be read or lacks a column is a PlanError
+naming file and column. Refuses to know what a cell means: `vidgen.plan.rows` does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+from fsspec.implementations.local import LocalFileSystem
+
+from vidgen.config_rules import nearest
+from vidgen.errors import PlanError
+
+BATCH_ROWS = 16_384
+SUFFIXES = (".parquet", ".parq", ".pq")
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+FOOTER_THREADS = 8
+_ROW = "\0row"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One Parquet file: its name as messages and the manifest show it, where the filesystem has it, the values of
+    its partition columns, its rows and its own columns."""
+
+    name: str
+    path: str
+    partitions: tuple[tuple[str, str | None], ...]
+    rows: int
+    schema: pa.Schema
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Files in reading order and the columns they have together, dictionaries decoded, partition columns last."""
+
+    path: str
+    fs: Any
+    files: tuple[SourceFile, ...]
+    schema: pa.Schema
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of one file. `row` is each one's number in the file and `index` in the whole dataset, both from 0."""
+
+    file: str
+    row: np.ndarray
+    index: np.ndarray
+    data: pa.RecordBatch
+
+
+def open_dataset(path: str) -> Dataset:
+    """Finds the files and reads their footers; PlanError if there are none or one is not Parquet."""
+    fs, found = _find(path)
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda file: _footer(fs, *file), ((name, where) for name, where, _ in found)))
+    known: dict[str, pa.Schema] = {}
+    files = []
+    for (name, where, partitions), (rows, schema) in zip(found, footers, strict=True):
+        schema = known.setdefault(str(schema), schema)
+        files.append(SourceFile(name, where, partitions, rows, schema))
+    return Dataset(path, fs, tuple(files), _unify(files))
+
+
+def require(dataset: Dataset, column: str, key: str, allowed: str, fits: Callable[[pa.DataType], bool]) -> None:
+    """Every file must have `column` in a type that fits; `key` is the configuration key that names it and `allowed`
+    the types in words. PlanError names the file, the column and the rule."""
+    checked: set[int] = set()
+    for file in dataset.files:
+        if id(file.schema) in checked or column in dict(file.partitions):
+            continue
+        checked.add(id(file.schema))
+        if column not in file.schema.names:
+            names = [*file.schema.names, *dict(file.partitions)]
+            raise PlanError(f"{file.name}: no column {column!r} ({key}){nearest(column, names)}")
+        kind = file.schema.field(column).type
+        if not pt.is_null(kind) and not fits(kind):
+            raise PlanError(f"{file.name}: column {column!r} ({key}) is {kind}; allowed: {allowed}")
+    kind = dataset.schema.field(column).type
+    if not pt.is_null(kind) and not fits(kind):
+        raise PlanError(f"{dataset.path}: partition column {column!r} ({key}) is {kind}; allowed: {allowed}")
+
+
+def read(dataset: Dataset, columns: Sequence[str]) -> Iterator[Rows]:
+    """All rows, in batches of at most BATCH_ROWS, with these columns in the dataset's types (null where a file has
+    no such column)."""
+    schema = pa.schema([dataset.schema.field(name) for name in dict.fromkeys(columns)])
+    start = 0
+    for file in dataset.files:
+        own = [name for name in schema.names if name in file.schema.names]
+        done = 0
+        for batch in _batches(dataset, file, own):
+            row = np.arange(done, done + batch.num_rows, dtype=np.int64)
+            yield Rows(file.name, row, row + start, _conform(batch, file, schema))
+            done += batch.num_rows
+        start += file.rows
+
+
+def select(
+    batches: Iterator[Rows], condition: pc.Expression | None, limit: int | None, keep: Sequence[str]
+) -> Iterator[Rows]:
+    """The rows where `condition` is true, at most `limit` of them in all, with the columns `keep`."""
+    left = limit
+    for rows in batches:
+        if left == 0:
+            return
+        data, row, index = rows.data, rows.row, rows.index
+        if condition is not None:
+            chosen = _chosen(rows, condition)
+            data, row, index = data.take(pa.array(chosen)), row[chosen], index[chosen]
+        if left is not None:
+            data, row, index = data.slice(0, left), row[:left], index[:left]
+            left -= len(row)
+        if len(row):
+            yield Rows(rows.file, row, index, data.select(list(dict.fromkeys(keep))))
+
+
+def count_chosen(rows: Rows, condition: pc.Expression | None) -> int:
+    """How many rows of a batch `condition` selects."""
+    return len(rows.row) if condition is None else len(_chosen(rows, condition))
+
+
+def texts(column: pa.Array) -> tuple[list[str | None], list[int]]:
+    """The strings of a column, and the positions of those that are not valid UTF-8 (None in the list)."""
+    try:
+        return column.to_pylist(), []
+    except UnicodeDecodeError:
+        values: list[str | None] = []
+        broken = []
+        for position, raw in enumerate(column.cast(pa.binary()).to_pylist()):
+            try:
+                values.append(None if raw is None else raw.decode())
+            except UnicodeDecodeError:
+                values.append(None)
+                broken.append(position)
+        return values, broken
+
+
+def _chosen(rows: Rows, condition: pc.Expression) -> np.ndarray:
+    numbers = pa.array(np.arange(len(rows.row), dtype=np.int64))
+    table = pa.Table.from_batches([rows.data]).append_column(_ROW, numbers)
+    try:
+        return np.asarray(table.filter(condition).column(_ROW).to_numpy())
+    except pa.ArrowException as error:
+        raise PlanError(f"dataset.where: {error} ({rows.file})") from error
+
+
+# ---------------------------------------------------------------- files
+
+_Found = tuple[str, str, tuple[tuple[str, str | None], ...]]
+
+
+def _find(path: str) -> tuple[Any, list[_Found]]:
+    """The filesystem, and (shown name, path, partitions) of each file, by name."""
+    try:
+        fs, root = fsspec.core.url_to_fs(path)
+        shown = _shown_by(fs, path)
+        if fs.isfile(root):
+            return fs, [(shown(root), root, ())]
+        if fs.isdir(root):
+            names = [name for name in fs.find(root) if _is_data(name, root)]
+            below = root
+        elif any(mark in path for mark in "*?["):
+            names = [name for name in fs.glob(root) if fs.isfile(name)]
+            below = ""
+        else:
+            names, below = [], root
+    except (ValueError, ImportError, OSError) as error:
+        raise PlanError(f"dataset.path: {path!r} cannot be read: {error}") from error
+    if not names:
+        if below and fs.exists(root):
+            raise PlanError(f"dataset.path: the folder {path!r} has no files ending in {', '.join(SUFFIXES)}")
+        beside = f" (relative to {os.getcwd()})" if isinstance(fs, LocalFileSystem) and not os.path.isabs(path) else ""
+        raise PlanError(f"dataset.path: {path!r} names no file{beside}")
+    return fs, [(shown(name), name, _partitions(name[len(below) :])) for name in sorted(names)]
+
+
+def _shown_by(fs: Any, path: str) -> Callable[[str], str]:
+    """Local files are shown relative if the user wrote a relative path, remote ones as URLs."""
+    if not isinstance(fs, LocalFileSystem):
+        return lambda name: str(fs.unstrip_protocol(name))
+    if "://" in path or os.path.isabs(path):
+        return lambda name: name
+    return lambda name: os.path.relpath(name).replace(os.sep, "/")
+
+
+def _is_data(name: str, root: str) -> bool:
+    parts = name[len(root) :].strip("/").split("/")
+    return parts[-1].lower().endswith(SUFFIXES) and not any(part.startswith(("_", ".")) for part in parts)
+
+
+def _partitions(path: str) -> tuple[tuple[str, str | None], ...]:
+    """`lang=en/year=2024/part.parquet` -> (lang, en), (year, 2024)."""
+    found = []
+    for part in path.split("/")[:-1]:
+        key, equals, value = part.partition("=")
+        if equals and key:
+            found.append((unquote(key), None if value == NULL_PARTITION else unquote(value)))
+    return tuple(found)
+
+
+def _footer(fs: Any, name: str, path: str) -> tuple[int, pa.Schema]:
+    try:
+        with fs.open(path, "rb") as handle, pq.ParquetFile(handle) as file:
+            schema: pa.Schema = file.schema_arrow.remove_metadata()
+            rows: int = file.metadata.num_rows
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise _unreadable(name, error) from error
+    if twice := sorted({column for column in schema.names if schema.names.count(column) > 1}):
+        raise PlanError(f"{name}: column {twice[0]!r} stands more than once")
+    return rows, schema
+
+
+def _batches(dataset: Dataset, file: SourceFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Batches of a file; where none of its own columns are wanted, batches of no columns but the right length."""
+    try:
+        with dataset.fs.open(file.path, "rb") as handle, pq.ParquetFile(handle) as parquet:
+            if parquet.metadata.num_rows != file.rows:
+                raise PlanError(f"{file.name}: changed while it was being read")
+            wanted = columns or file.schema.names[:1]
+            yield from parquet.iter_batches(batch_size=BATCH_ROWS, columns=wanted)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise _unreadable(file.name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> PlanError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, FileNotFoundError):
+        return PlanError(f"{name}: no such file")
+    return PlanError(f"{name}: not a Parquet file, or a truncated or damaged one: {reason}")
+
+
+# ---------------------------------------------------------------- columns
+
+
+def _unify(files: Sequence[SourceFile]) -> pa.Schema:
+    """One type a column over all files: numbers widen, null gives way; anything else is a PlanError naming both."""
+    types: dict[str, tuple[pa.DataType, str]] = {}
+    seen: set[int] = set()
+    for file in files:
+        if id(file.schema) in seen:
+            continue
+        seen.add(id(file.schema))
+        for column in file.schema:
+            kind = _plain(column.type)
+            before, where = types.get(column.name, (kind, file.name))
+            try:
+                merged = pa.unify_schemas(
+                    [pa.schema([(column.name, before)]), pa.schema([(column.name, kind)])],
+                    promote_options="permissive",
+                )
+            except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+                raise PlanError(
+                    f"{file.name}: column {column.name!r} is {kind}, but {before} in {where}; one type is needed"
+                ) from error
+            types[column.name] = (merged.field(0).type, where)
+    fields = [pa.field(name, kind) for name, (kind, _) in types.items()]
+    return pa.schema([*fields, *_partition_fields(files, types)])
+
+
+def _partition_fields(files: Sequence[SourceFile], own: Mapping[str, Any]) -> list[pa.Field]:
+    """Partition columns that no file has itself: whole numbers if all their values are, else text."""
+    values: dict[str, set[str | None]] = {}
+    for file in files:
+        for key, value in file.partitions:
+            if key not in own:
+                values.setdefault(key, set()).add(value)
+    return [
+        pa.field(key, pa.int64() if all(v is None or _is_whole(v) for v in found) else pa.string())
+        for key, found in values.items()
+    ]
+
+
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.lstrip("-").isdigit() and len(text) < 19 and str(int(text)) == text
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type without its encoding: dictionaries, extensions and the large and view forms of text."""
+    if pt.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain(kind.storage_type)
+    if pt.is_large_string(kind) or pt.is_string_view(kind):
+        return pa.string()
+    return kind
+
+
+def _conform(batch: pa.RecordBatch, file: SourceFile, schema: pa.Schema) -> pa.RecordBatch:
+    partitions = dict(file.partitions)
+    arrays = []
+    for field in schema:
+        if field.name in file.schema.names:
+            array = batch.column(field.name)
+            if isinstance(array, pa.ExtensionArray):
+                array = array.storage
+            if array.type != field.type:
+                array = array.cast(field.type)
+        elif (value := partitions.get(field.name)) is not None:
+            cell = int(value) if pt.is_integer(field.type) else value
+            array = pa.repeat(pa.scalar(cell, field.type), batch.num_rows)
+        else:
+            array = pa.nulls(batch.num_rows, field.type)
+        arrays.append(array)
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)

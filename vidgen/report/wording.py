@@ -1,0 +1,13 @@
+"""How values are written for a person."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, 4:05 or 6 s."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

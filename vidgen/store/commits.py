@@ -1,0 +1,113 @@
+"""The terminal state of each item: commits, the attempts before them, and the generations that reopen them.
+
+State of an item = its commit in the highest generation that lists it (generation 0 lists all), else pending. Everything
+here is create-only, so whoever is first decides and nobody can take it back. Refuses to know who drives and why.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vidgen.store.objects import Objects
+from vidgen.types import Record
+
+CLASSES = ("item", "capacity", "replica", "infrastructure")
+
+
+def commit_path(generation: int, item_id: str) -> str:
+    return f"commits/g{generation}/{item_id[:2]}/{item_id}.json"
+
+
+def video_path(item_id: str, sha256: str, extension: str) -> str:
+    return f"data/{item_id[:2]}/{item_id}-{sha256[:12]}.{extension}"
+
+
+def commit(objects: Objects, record: Record, token: str) -> tuple[bool, Record]:
+    """Creates the commit of an item. Returns (ours, the record that counts): whoever was first is the truth."""
+    path = commit_path(record.generation, record.item_id)
+    data = json.dumps({**record.to_dict(), "token": token}).encode()
+    if objects.create(path, data, token):
+        return True, record
+    return False, _parse(objects.read(path))
+
+
+def read_commit(objects: Objects, generation: int, item_id: str) -> Record | None:
+    """The commit of an item in one generation, or None."""
+    try:
+        return _parse(objects.read(commit_path(generation, item_id)))
+    except FileNotFoundError:
+        return None
+
+
+def list_commits(objects: Objects, generation: int) -> Iterator[str]:
+    """Item ids committed in one generation, from a listing alone."""
+    for entry in objects.list(f"commits/g{generation}"):
+        if entry.path.endswith(".json"):
+            yield entry.path.rsplit("/", 1)[1][: -len(".json")]
+
+
+def list_generations(objects: Objects) -> list[int]:
+    """Generations after 0, ascending."""
+    names = (entry.path.rsplit("/", 1)[-1] for entry in objects.list("generations"))
+    return sorted(int(name[: -len(".parquet")]) for name in names if name.endswith(".parquet"))
+
+
+def read_generations(objects: Objects) -> dict[str, int]:
+    """Item id -> the highest generation that lists it; items that no generation reopened are absent."""
+    highest: dict[str, int] = {}
+    for generation in list_generations(objects):
+        table = pq.read_table(io.BytesIO(objects.read(f"generations/{generation}.parquet")), columns=["item_id"])
+        for item_id in table.column("item_id").to_pylist():
+            highest[item_id] = generation
+    return highest
+
+
+def create_generation(objects: Objects, generation: int, item_ids: Iterable[str], token: str) -> bool:
+    """Reopens items in a new generation; False if that generation exists already and is somebody else's."""
+    table = pa.table({"item_id": pa.array(sorted(item_ids), pa.string())})
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"token": token}), sink)
+    return objects.create(f"generations/{generation}.parquet", sink.getvalue(), token)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Evidence of one failed attempt. `count` is what it weighs: 1, 0.5 (a crash of the replica) or 0 (withheld)."""
+
+    item_id: str
+    generation: int
+    error_class: str
+    count: float
+    token: str
+
+    @property
+    def path(self) -> str:
+        return f"attempts/{self.item_id}/g{self.generation}-{self.error_class}-{self.count:g}-{self.token}.json"
+
+    @classmethod
+    def from_path(cls, path: str) -> Attempt:
+        _, item_id, name = path.rsplit("/", 2)
+        generation, error_class, count, token = name[: -len(".json")].split("-")
+        return cls(item_id, int(generation[1:]), error_class, float(count), token)
+
+
+def record_attempt(objects: Objects, attempt: Attempt, evidence: Mapping[str, object]) -> None:
+    """Writes the evidence of an attempt; the name alone says what it counts."""
+    data = json.dumps({**evidence, "count": attempt.count, "token": attempt.token}).encode()
+    objects.create(attempt.path, data, attempt.token)
+
+
+def read_attempts(objects: Objects) -> Iterator[Attempt]:
+    """All attempts ever recorded, from a listing alone."""
+    for entry in objects.list("attempts"):
+        yield Attempt.from_path(entry.path)
+
+
+def _parse(data: bytes) -> Record:
+    return Record.from_dict(json.loads(data))

@@ -1,0 +1,79 @@
+"""Garbage collection: objects below data/ that no commit names.
+
+An orphan of a terminal item may go at any age, an object of a pending item never below two hours: a replica may be
+about to commit it. Generations, commit and age are read again just before each deletion. Nothing else is ever deleted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vidgen.store import commits, ledger
+from vidgen.store.objects import Entry, Objects
+
+SAFE_SECONDS = 2 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What gc saw and took. `temporaries` are half-written local files of writers that died."""
+
+    seen: int
+    removed: int
+    bytes: int
+    temporaries: int
+
+
+def collect(
+    objects: Objects,
+    older_than: float,
+    *,
+    before_delete: Callable[[], None] = lambda: None,
+    dry_run: bool = False,
+    now: Callable[[], float] = time.time,
+) -> Swept:
+    """Deletes orphans at least `older_than` seconds old. Below two hours the caller must hold the lease;
+    `before_delete` is called before each deletion and may raise."""
+    seen = removed = size = 0
+    named = _named(objects)
+    for entry in objects.list("data"):
+        seen += 1
+        if entry.path not in named and _orphan(objects, entry, older_than, now()):
+            if not dry_run:
+                before_delete()
+                objects.delete(entry.path)
+            removed += 1
+            size += entry.size
+    temporaries = 0 if dry_run else objects.sweep_temporaries("", max(older_than, SAFE_SECONDS))
+    return Swept(seen, removed, size, temporaries)
+
+
+def item_of(path: str) -> str:
+    """The item whose video an object below data/ is, by its name."""
+    return path.rsplit("/", 1)[-1].split("-", 1)[0]
+
+
+def _named(objects: Objects) -> set[str]:
+    """Videos that the ledger's current rows name: no orphans, and no commit need be read to know it."""
+    generations = commits.read_generations(objects)
+    named: set[str] = set()
+    for table in ledger.read_tables(objects):
+        columns = (table.column(name).to_pylist() for name in ("item_id", "generation", "video"))
+        for item_id, generation, video in zip(*columns, strict=True):
+            if generation == generations.get(item_id, 0):
+                named.add(video)
+    return named
+
+
+def _orphan(objects: Objects, entry: Entry, older_than: float, now: float) -> bool:
+    item_id = item_of(entry.path)
+    age = now - entry.mtime
+    if age < older_than:
+        return False
+    generation = commits.read_generations(objects).get(item_id, 0)
+    record = commits.read_commit(objects, generation, item_id)
+    if record is None:
+        return age >= SAFE_SECONDS and age >= older_than
+    return record.video != entry.path

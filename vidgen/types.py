@@ -1,0 +1,198 @@
+"""The words the rooms of vidgen speak to each other: frozen dataclasses, standard library only.
+
+Refuses to know where anything is stored, how it is scheduled, and what a tensor is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+Scalar = str | int | float | bool | None
+
+MANIFEST_COLUMNS = (
+    *("item_id", "row_id", "sample", "status", "video", "sha256", "bytes", "error_class", "error", "prompt"),
+    *("negative_prompt", "seed", "height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale"),
+    *("sampler", "params", "family", "task", "checkpoint", "checkpoint_hash", "loras", "spec_hash", "dtype", "tiling"),
+    *("batch", "context", "gpu", "node", "attempt", "generation", "encode_s", "denoise_s", "decode_s", "write_s"),
+    *("created_at", "vidgen_version", "origin_file", "origin_row"),
+)
+"""Manifest columns in their order; the carried input columns follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A conditioning image or video: where it is and what its bytes hash to.
+
+    `url` is an fsspec URL, or "" when `data` holds the bytes themselves. `digest` is the sha256 of local bytes,
+    or a hash of (path, size, etag) for remote ones.
+    """
+
+    url: str
+    digest: str
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One video to make, every value resolved: nothing is left to a default.
+
+    Sizes in pixels and frames, `fps` in frames per second, `seed` below 2**48. `sigmas` and `timesteps` are explicit
+    schedules or None. `params` holds what one family alone knows, sorted by name. `tiling` is the VAE tiling that the
+    plan resolved for this shape: (tile height, tile width, stride height, stride width) in pixels, or None.
+    """
+
+    task: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    shift: float | None = None
+    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
+    tiling: tuple[int, int, int, int] | None = None
+    params: tuple[tuple[str, Scalar], ...] = ()
+    image: Media | None = None
+    last_image: Media | None = None
+    video: Media | None = None
+
+    def param(self, name: str, default: Scalar = None) -> Scalar:
+        """Value of the family parameter `name`, or `default`."""
+        return dict(self.params).get(name, default)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A planned request and where it came from. `ordinal` is its place in the plan; `batch_key` names the items it may
+    share a batch with; `tokens` and `flops` are the family's own count for the whole item."""
+
+    ordinal: int
+    item_id: str
+    row_id: str
+    sample: int
+    request: Request
+    request_hash: str
+    spec_hash: str
+    batch_key: str
+    tokens: int
+    flops: float
+    priority: int = 0
+    origin_file: str = ""
+    origin_row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The terminal state of one item: what a commit object holds, and what the manifest adds to the plan.
+
+    `status` is done, failed or quarantined. Seconds are wall time; `*_at` are seconds since the epoch.
+    """
+
+    item_id: str
+    ordinal: int
+    status: str
+    generation: int
+    attempt: int
+    video: str = ""
+    sha256: str = ""
+    bytes: int = 0
+    frames: int = 0
+    error_class: str = ""
+    error: str = ""
+    dtype: str = ""
+    batch: int = 0
+    context: int = 1
+    gpu: str = ""
+    node: str = ""
+    replica: str = ""
+    encode_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    write_s: float = 0.0
+    started_at: float = 0.0
+    write_started_at: float = 0.0
+    created_at: float = 0.0
+    vidgen_version: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Record:
+        """Builds a record from a commit's JSON; keys of newer versions are passed over."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One file of a frozen plan: items `first` to `first + items - 1` by ordinal."""
+
+    name: str
+    sha256: str
+    items: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The header of a frozen plan (`plan/{k}/PLAN.json`): everything but the items themselves.
+
+    `config` is the job's configuration as written; `resolved` what null stood for. `counts` holds rows read, items,
+    rejected rows, truncated prompts. `estimate` is arithmetic, not measurement.
+    """
+
+    k: int
+    vidgen_version: str
+    family: str
+    task: str
+    checkpoint: str
+    checkpoint_hash: str
+    spec_revision: int
+    spec_hash: str
+    config: Mapping[str, Any]
+    resolved: Mapping[str, Any]
+    parts: tuple[Part, ...]
+    rejected: tuple[Part, ...]
+    counts: Mapping[str, int]
+    estimate: Mapping[str, Any]
+    carried: tuple[str, ...]
+    created_at: float
+
+
+@dataclass(slots=True)
+class Hooks:
+    """What the engine tells and asks while it works; every default does nothing.
+
+    `progress(stage, step, steps)` is called at each stage and denoising step and is the heartbeat; `cancelled()` is
+    asked between steps, and True ends the batch with `errors.Cancelled`; `save(state)` is offered the loop's state
+    (step, latents, history, generator states) after each step, `resume(requests)` may give one back before the first.
+    """
+
+    progress: Callable[[str, int, int], None] = lambda stage, step, steps: None
+    cancelled: Callable[[], bool] = lambda: False
+    save: Callable[[Any], None] | None = None
+    resume: Callable[[Any], Any] = lambda requests: None
+
+
+@dataclass(slots=True)
+class Video:
+    """One generated video. `chunks` yields uint8 RGB arrays of shape [frames, height, width, 3] as they are decoded;
+    it is read once, before the next video of the same batch. `encoded` is set instead by a backend that makes the
+    file's bytes itself. `seconds` holds encode, denoise and decode time (decode is complete once `chunks` is read)."""
+
+    request: Request
+    chunks: Iterator[Any]
+    dtype: str
+    batch: int = 1
+    context: int = 1
+    encoded: bytes | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
