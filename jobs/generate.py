@@ -1,4 +1,4 @@
-"""The main job, `vidgen generate`: `python jobs/generate.py CONFIG key=value`, or the entry point of `ray job submit`."""
+"""The main job, `vidgen generate`: `python jobs/generate.py CONFIG key=value`, or what `ray job submit` runs."""
 
 import sys
 

@@ -186,7 +186,8 @@ handlers, here = list(logging.root.handlers), os.listdir()
 for name in sys.argv[1:]:
     importlib.import_module(name)
 theirs = {"RAY_CLIENT_MODE", "TORCHINDUCTOR_CACHE_DIR"}  # set by ray and torch themselves when parts are imported
-assert {k: v for k, v in os.environ.items() if k not in theirs} == environment, "environment"
+changed = {key for key, _ in set(os.environ.items()) ^ set(environment.items())} - theirs
+assert not changed, changed
 assert threading.active_count() == threads, "threads"
 assert logging.root.handlers == handlers, "logging"
 assert os.listdir() == here, "files"

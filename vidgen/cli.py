@@ -113,10 +113,15 @@ def _plan(options: argparse.Namespace) -> int:
     objects = open_store(config)
     if not options.dry_run:
         objects.probe(new_token())
+
+    def say(text: str) -> None:
+        if not options.json:
+            print(text, file=sys.stderr)
+
     if options.extend and not options.dry_run:
-        result = repair.extend(config, objects, takeover=options.takeover)
+        result = repair.extend(config, objects, takeover=options.takeover, say=say)
     else:
-        result = planning.build(config, objects, dry_run=options.dry_run, extend=options.extend)
+        result = planning.build(config, objects, dry_run=options.dry_run, extend=options.extend, say=say)
     if options.json:
         _print_json(planned.as_json(result))
     else:

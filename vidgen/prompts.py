@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 from urllib.parse import unquote
 
@@ -35,13 +36,15 @@ _ROW = "\0row"
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """One Parquet file: its name as messages and the manifest show it, where the filesystem has it, the values of
-    its partition columns, its rows and its own columns."""
+    its partition columns, its rows, its own columns, and a digest of its footer (which names every chunk and its
+    size)."""
 
     name: str
     path: str
     partitions: tuple[tuple[str, str | None], ...]
     rows: int
     schema: pa.Schema
+    footer: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,11 @@ class Dataset:
     @property
     def rows(self) -> int:
         return sum(file.rows for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        """Of the files' footers, in reading order: another dataset, or one that was written again, has another."""
+        return sha256(b"".join(file.footer for file in self.files)).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +83,9 @@ def open_dataset(path: str) -> Dataset:
         footers = list(pool.map(lambda file: _footer(fs, *file), ((name, where) for name, where, _ in found)))
     known: dict[str, pa.Schema] = {}
     files = []
-    for (name, where, partitions), (rows, schema) in zip(found, footers, strict=True):
+    for (name, where, partitions), (rows, schema, footer) in zip(found, footers, strict=True):
         schema = known.setdefault(str(schema), schema)
-        files.append(SourceFile(name, where, partitions, rows, schema))
+        files.append(SourceFile(name, where, partitions, rows, schema, footer))
     return Dataset(path, fs, tuple(files), _unify(files))
 
 
@@ -218,16 +226,22 @@ def _partitions(path: str) -> tuple[tuple[str, str | None], ...]:
     return tuple(found)
 
 
-def _footer(fs: Any, name: str, path: str) -> tuple[int, pa.Schema]:
+def _footer(fs: Any, name: str, path: str) -> tuple[int, pa.Schema, bytes]:
+    """Rows, columns and the footer's digest."""
     try:
-        with fs.open(path, "rb") as handle, pq.ParquetFile(handle) as file:
-            schema: pa.Schema = file.schema_arrow.remove_metadata()
-            rows: int = file.metadata.num_rows
+        with fs.open(path, "rb") as handle:
+            with pq.ParquetFile(handle) as file:
+                schema: pa.Schema = file.schema_arrow.remove_metadata()
+                rows: int = file.metadata.num_rows
+            handle.seek(-8, os.SEEK_END)  # the length of the footer, then the magic number
+            length = int.from_bytes(handle.read(4), "little")
+            handle.seek(-8 - length, os.SEEK_END)
+            digest = sha256(handle.read(length)).digest()
     except (pa.ArrowException, OSError, EOFError) as error:
         raise _unreadable(name, error) from error
     if twice := sorted({column for column in schema.names if schema.names.count(column) > 1}):
         raise PlanError(f"{name}: column {twice[0]!r} stands more than once")
-    return rows, schema
+    return rows, schema, digest
 
 
 def _batches(dataset: Dataset, file: SourceFile, columns: list[str]) -> Iterator[pa.RecordBatch]:

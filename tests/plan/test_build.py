@@ -13,7 +13,7 @@ import pytest
 from tests.plan.conftest import dataset, items_of, job, planned, rejections, rows_of
 from vidgen.errors import ConfigError, PlanError
 from vidgen.plan import files
-from vidgen.plan.build import build
+from vidgen.plan.build import build, changed_dataset
 from vidgen.plan.files import check_resume, part_table, read_plan
 from vidgen.store.objects import Objects
 from vidgen.types import MANIFEST_COLUMNS
@@ -261,7 +261,6 @@ def test_prompts_longer_than_the_encoder_takes_are_counted_or_rejected(
     truncated = build(job(source, model=model), None, dry_run=True)
     assert truncated.plan.counts["items"] == 4 and truncated.plan.family == "wan"
     assert (truncated.plan.counts["truncated_prompts"], truncated.plan.counts["truncated_tokens"]) == (2, 6)
-    assert any("2 prompts" in note and "6 tokens" in note for note in truncated.notes)
     rejected = build(job(source, model=model, dataset={"on_long_prompt": "reject"}), objects)
     assert [row["reason"].split(" (dataset")[0] for row in rejections(objects, rejected)] == [
         "prompt (column 'prompt') has 17 tokens; allowed: at most 16",
@@ -323,6 +322,25 @@ def test_a_family_whose_pixels_changed_is_refused_by_version(
     monkeypatch.setattr("vidgen.models.testcard.spec.REVISION", 99)
     with pytest.raises(ConfigError, match=f"planned by vidgen {result.plan.vidgen_version} .* here it is 99"):
         check_resume(result.plans, job(source))
+
+
+def test_a_dataset_that_changed_since_it_was_planned_is_reported(source: Path, objects: Objects) -> None:
+    dataset(source, {"prompt": ["a"]})
+    plans = build(job(source), objects).plans
+    assert changed_dataset(plans, job(source)) is None
+    dataset(source, {"prompt": ["a", "b"]})
+    note = changed_dataset(plans, job(source))
+    assert note is not None and "1 files with 2 rows, then 1 with 1" in note and "--extend" in note
+    source.unlink()
+    assert changed_dataset(plans, job(source)) is None
+
+
+def test_reasons_are_told_most_frequent_first(source: Path, objects: Objects) -> None:
+    dataset(source, {"prompt": ["a", "", None, None]})
+    result = build(job(source), objects)
+    again = build(job(source), objects)
+    assert list(result.reasons.values()) == [2, 1] and again.reasons == result.reasons
+    assert list(again.reasons) == list(result.reasons)
 
 
 def test_a_dry_run_writes_nothing(source: Path, objects: Objects) -> None:

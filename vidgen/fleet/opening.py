@@ -62,10 +62,12 @@ def prepare(source: str, overrides: Sequence[str], say: Callable[[str], None]) -
         plans = read_plan(objects)
     if plans:
         check_resume(plans, config)
+        changed = planning.changed_dataset(plans, config)
+        if changed:
+            say(f"note: {changed}")
     else:
-        say("planning")
         objects.probe(new_token())
-        plans = list(planning.build(config, objects).plans)
+        plans = list(planning.build(config, objects, say=say).plans)
     objects = Objects(objects.url, single_writer=config.run.single_writer)
     return Run(config, objects, tuple(plans))
 

@@ -116,7 +116,7 @@ def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, cl
         family=plan.family,
         task=plan.task,
         checkpoint=plan.checkpoint,
-        revision=config.model.revision,
+        revision=plan.resolved["model"]["revision"],
         checkpoint_hash=plan.checkpoint_hash,
         dtype=config.model.dtype,
         device=device,

@@ -14,6 +14,7 @@ from vidgen.errors import PlanError
 from vidgen.plan.earlier import read_earlier
 from vidgen.plan.files import Objects, check_resume, freeze, read_plan, rejected_reasons
 from vidgen.plan.planning import Planning
+from vidgen.prompts import open_dataset
 from vidgen.types import Plan
 
 
@@ -21,7 +22,7 @@ from vidgen.types import Plan
 class PlanResult:
     """What `build` made or found. `plan` is the newest of `plans`, the run's whole plan (after a dry run: what would
     be frozen, without parts). `made` is False for a plan that was there already, somebody else's just now included,
-    and for a dry run. `reasons` counts rejections by reason, `notes` are remarks for a person."""
+    and for a dry run. `reasons` counts rejections by reason (most frequent first), `notes` are remarks for a person."""
 
     plan: Plan
     plans: tuple[Plan, ...]
@@ -80,6 +81,20 @@ def build(
             return PlanResult(plan, (*plans, plan), True, planning.reasons, _said(planning, say))
         say(f"another planner froze plan {plan.k} first; reading it")
         plans = tuple(read_plan(objects))
+
+
+def changed_dataset(plans: Sequence[Plan], config: JobConfig) -> str | None:
+    """A remark if the dataset is no longer the one the newest plan was made from; None if it is, or if it cannot be
+    read (a frozen plan does not need it)."""
+    before = plans[-1].resolved["dataset"]
+    try:
+        now = open_dataset(config.dataset.path)
+    except PlanError:
+        return None
+    if now.digest == before["digest"]:
+        return None
+    sizes = f"{len(now.files):,} files with {now.rows:,} rows, then {before['files']:,} with {before['rows']:,}"
+    return f"{config.dataset.path} has changed since it was planned (now {sizes}); `vidgen plan --extend` adds new rows"
 
 
 def _dry(config: JobConfig, objects: Objects | None, plans: Sequence[Plan], say: Callable[[str], None]) -> PlanResult:

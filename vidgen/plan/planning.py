@@ -30,7 +30,8 @@ SAY_SECONDS = 5.0
 
 
 class Planning:
-    """`reasons` and `notes` are complete once `run` returned. Without `objects` nothing is written."""
+    """`reasons` (most frequent first) and `notes` are complete once `run` returned. Nothing is written without
+    `objects`."""
 
     def __init__(
         self, config: JobConfig, objects: Objects | None, plans: Sequence[Plan], earlier: Earlier | None
@@ -72,12 +73,10 @@ class Planning:
             if time.monotonic() - spoke > SAY_SECONDS:
                 spoke = time.monotonic()
                 say(f"planned {self.counts['rows']:,} rows of {self.dataset.rows:,}")
+        self.reasons = dict(sorted(self.reasons.items(), key=lambda entry: -entry[1]))
         self._refuse_outcome()
         if self.plans and not self.counts["items"] and not self.counts["rejected"]:
             return None
-        if over := self.counts["truncated_prompts"]:
-            tokens = self.counts["truncated_tokens"]
-            self.notes.append(f"{over:,} prompts are longer than the encoder takes; {tokens:,} tokens are cut off")
         return self._header(items.close() if items else (), refused.close() if refused else ())
 
     # ---------------------------------------------------------------- rows
@@ -149,9 +148,9 @@ class Planning:
             raise PlanError(f"{config.path}: {refused}:\n{self._listed()}")
 
     def _listed(self) -> str:
-        frequent = sorted(self.reasons.items(), key=lambda entry: -entry[1])
-        lines = [f"  {n:,} x {why} (first: {self._examples[why]})" for why, n in frequent[:LISTED_REASONS]]
-        more = len(frequent) - LISTED_REASONS
+        frequent = list(self.reasons.items())[:LISTED_REASONS]
+        lines = [f"  {n:,} x {why} (first: {self._examples[why]})" for why, n in frequent]
+        more = len(self.reasons) - LISTED_REASONS
         return "\n".join([*lines, *([f"  and {more} other reasons"] if more > 0 else [])])
 
     def _header(self, parts: tuple[Part, ...], rejected: tuple[Part, ...]) -> Plan:
@@ -170,6 +169,11 @@ class Planning:
                 "model": {"family": bound.family, "revision": bound.commit or None},
                 "sampling": self.shaper.resolved(),
                 "output": {"codec": bound.codec},
+                "dataset": {
+                    "digest": self.dataset.digest,
+                    "files": len(self.dataset.files),
+                    "rows": self.dataset.rows,
+                },
             },
             parts=parts,
             rejected=rejected,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -66,7 +66,9 @@ def reopen(objects: Objects, item_ids: Iterable[str], lease: epochs.Lease) -> in
     return number
 
 
-def extend(config: JobConfig, objects: Objects, *, takeover: bool = False) -> PlanResult:
+def extend(
+    config: JobConfig, objects: Objects, *, takeover: bool = False, say: Callable[[str], None] = lambda text: None
+) -> PlanResult:
     """Adds plan k+1, under the lease; `_SUCCESS.json` goes first. Raises Held while a driver runs."""
     lease = epochs.acquire(objects, lease=config.run.lease, takeover=takeover)
     spent = lease.before.get("gpu_seconds", 0.0)
@@ -77,7 +79,7 @@ def extend(config: JobConfig, objects: Objects, *, takeover: bool = False) -> Pl
         lease.check()
 
     try:
-        return build(config, objects, extend=True, token=lease.token, before_freeze=before_freeze)
+        return build(config, objects, extend=True, token=lease.token, before_freeze=before_freeze, say=say)
     finally:
         lease.release(in_flight=[], gpu_seconds=spent)
 
