@@ -149,4 +149,6 @@ def panel(snapshot: Snapshot) -> Group:
         replicas.add_row(Text(f"  {replica.name}", "cyan"), replica.text())
     if len(snapshot.replicas) > 16:
         replicas.add_row("", f"and {len(snapshot.replicas) - 16} more replicas")
-    return Group(head, ProgressBar(total=max(1, snapshot.total), completed=settled, width=80), replicas)
+    bar = Table.grid()
+    bar.add_row(ProgressBar(total=max(1, snapshot.total), completed=settled, width=80))
+    return Group(head, bar, replicas)

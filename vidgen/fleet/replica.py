@@ -278,7 +278,7 @@ class Worker:
             batch=handover.batch,
             context=video.context,
             gpu=self._gpu,
-            node=self.node,
+            node=socket.gethostname(),
             replica=self.name,
             encode_s=seconds["encode"],
             denoise_s=seconds["denoise"],

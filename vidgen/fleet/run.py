@@ -14,7 +14,7 @@ from datetime import datetime
 
 from vidgen import family, manifest
 from vidgen.config import JobConfig
-from vidgen.errors import ConfigError
+from vidgen.errors import ConfigError, UserError
 from vidgen.fleet import cluster
 from vidgen.fleet.dispatch import Rules
 from vidgen.fleet.driver import Driver, Interrupt, Limits, Outcome, replica_names
@@ -50,15 +50,26 @@ def generate(source: str, overrides: Sequence[str], options: Options) -> tuple[R
     progress.objects = run.objects
     lease = epochs.acquire(run.objects, lease=run.config.run.lease, takeover=options.takeover)
     held = state.load(run.objects, run.items, compact=True)
-    if not held.count("pending") and manifest.is_valid(run.objects, run.plans, held):
-        counts = held.counts()
-        lease.release(in_flight=[], gpu_seconds=lease.before.get("gpu_seconds", 0.0), counts=counts)
-        code = 3 if counts["failed"] or counts["quarantined"] else 0
-        return run, Outcome(code, "nothing to do: every item is terminal", counts, 0.0)
     try:
-        return run, _drive(run, held, lease, progress, options)
+        if held.count("pending"):
+            return run, _drive(run, held, lease, progress, options)
+        return run, _finish(run, held, lease)
+    except UserError:
+        lease.release(in_flight=[], gpu_seconds=lease.before.get("gpu_seconds", 0.0))
+        raise
     finally:
         progress.close()
+
+
+def _finish(run: Run, held: state.State, lease: epochs.Lease) -> Outcome:
+    """Every item is terminal already: the manifest is written again if it does not match."""
+    reason = "nothing to do: every item is terminal"
+    if not manifest.is_valid(run.objects, run.plans, held):
+        manifest.write(run.objects, run.plans, held, lease.token, before_write=lease.check)
+        reason = "every item was terminal; the manifest was written again"
+    counts = held.counts()
+    lease.release(in_flight=[], gpu_seconds=lease.before.get("gpu_seconds", 0.0), counts=counts)
+    return Outcome(3 if counts["failed"] or counts["quarantined"] else 0, reason, counts, 0.0)
 
 
 def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress, options: Options) -> Outcome:

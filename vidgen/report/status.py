@@ -95,7 +95,8 @@ def read(output: str) -> Status:
 def show(found: Status, console: Console) -> None:
     """The status as a person reads it."""
     state = "finished" if found.finished else f"driver {found.driver}"
-    console.print(f"[bold]{found.name}[/bold]  {found.family}, {found.checkpoint}  ({state})", highlight=False)
+    model = f"{found.family}, {found.checkpoint}" if found.checkpoint else found.family
+    console.print(f"[bold]{found.name}[/bold]  {model}  ({state})", highlight=False)
     parts = [f"{found.done}/{found.total} done"]
     parts += [f"{getattr(found, n)} {n}" for n in ("pending", "failed", "quarantined", "rejected") if getattr(found, n)]
     if found.rate:
