@@ -12,11 +12,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 from rich.console import Console
 
+from vidgen import VERSION
 from vidgen.errors import UserError
 
 Command = Callable[[argparse.Namespace], int]
@@ -220,7 +220,7 @@ def _print_json(value: Any) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("vidgen", description="Batch video generation at dataset scale.")
-    parser.add_argument("--version", action="version", version=f"vidgen {version('vidgen')}")
+    parser.add_argument("--version", action="version", version=f"vidgen {VERSION}")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", action="store_true", help="machine-readable output")
     shared.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -14,8 +14,19 @@ from vidgen.store.objects import Objects
 
 def snapshot(**changes: object) -> Snapshot:
     values: dict[str, object] = {
-        **{"name": "clips", "total": 10, "done": 4, "failed": 1, "quarantined": 0, "rejected": 2, "pending": 5},
-        **{"in_flight": 2, "rate": 120.0, "eta": 150.0, "elapsed": 120.0, "gpu_seconds": 200.0, "state": "running"},
+        "name": "clips",
+        "total": 10,
+        "done": 4,
+        "failed": 1,
+        "quarantined": 0,
+        "rejected": 2,
+        "pending": 5,
+        "in_flight": 2,
+        "rate": 120.0,
+        "eta": 150.0,
+        "elapsed": 120.0,
+        "gpu_seconds": 200.0,
+        "state": "running",
         "replicas": [ReplicaState("r0", "denoise", 3, 50, "0123456789abcdef"), ReplicaState("r1", "idle")],
     }
     return Snapshot(**{**values, **changes})  # type: ignore[arg-type]

@@ -11,10 +11,9 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Protocol
 
-from vidgen import manifest
+from vidgen import VERSION, manifest
 from vidgen.fleet import events as ev
 from vidgen.fleet.dispatch import Dispatcher, Rules
 from vidgen.fleet.progress import Progress, ReplicaState, Snapshot
@@ -169,7 +168,7 @@ class Driver:
             error_class=action.error_class,
             error=action.error,
             created_at=time.time(),
-            vidgen_version=version("vidgen"),
+            vidgen_version=VERSION,
         )
         self.lease.check()
         _, truth = commits.commit(self.objects, record, self.token)

@@ -17,11 +17,10 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vidgen import family, media
+from vidgen import VERSION, family, media
 from vidgen.errors import Cancelled, ConfigError, GenerationError, InfrastructureError, ItemError
 from vidgen.fleet.events import BatchGenerated, BatchReturned, Event, ItemDone, ItemFailed, Work
 from vidgen.report.summary import signature
@@ -287,7 +286,7 @@ class Worker:
             started_at=handover.started_at,
             write_started_at=write_started_at,
             created_at=time.time(),
-            vidgen_version=version("vidgen"),
+            vidgen_version=VERSION,
         )
         ours, truth = commits.commit(self.objects, record, self.token)
         if ours and self.objects.size(path) != encoded.bytes:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import pyarrow.compute as pc
 
-from vidgen import prompts, where
+from vidgen import VERSION, prompts, where
 from vidgen.config import JobConfig, to_dict
 from vidgen.errors import ConfigError, PlanError
 from vidgen.plan import columns, cost, ids, model
@@ -157,7 +156,7 @@ class Planning:
         config, bound = self.config, self.model
         return Plan(
             k=self.k,
-            vidgen_version=version("vidgen"),
+            vidgen_version=VERSION,
             family=bound.family,
             task=config.model.task,
             checkpoint=bound.checkpoint,
