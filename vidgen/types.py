@@ -6,7 +6,7 @@ Refuses to know where anything is stored, how it is scheduled, and what a tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 Scalar = str | int | float | bool | None
@@ -122,7 +122,7 @@ class Record:
     vidgen_version: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:

@@ -31,6 +31,8 @@ from vidgen.types import Hooks, Record, Request, Video
 
 WRITE_AHEAD = 2
 """Finished videos that may wait for the writer before the engine has to."""
+GATHER_SECONDS = 0.02
+"""How long a poll waits for company once something happened: short items would else cost a round trip each."""
 CONNECTION_ERRORS = (ConnectionError, TimeoutError)
 
 
@@ -135,6 +137,7 @@ class Worker:
         events: list[Event] = []
         with contextlib.suppress(queue.Empty):
             events.append(self._events.get(timeout=timeout))
+            time.sleep(GATHER_SECONDS)
             while True:
                 events.append(self._events.get_nowait())
         silent = time.monotonic() - self._heartbeat if self._stage != "idle" else 0.0

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vidgen.plan.build import PlanResult
-from vidgen.report.wording import duration
+from vidgen.report.wording import duration, size
 
 MOST_REASONS = 20
 
@@ -47,6 +47,6 @@ def show(result: PlanResult, output: str, console: Console) -> None:
     console.print(f"  cost      {estimate['gpu_hours']:,.3g} GPU-hours ({speed}){price}", highlight=False)
     slow = duration(estimate["seconds_per_item_one_core"])
     console.print(f"  on a CPU  about {slow} an item and core, for the costliest", highlight=False)
-    console.print(f"  out       about {estimate['bytes'] / 1e6:,.1f} MB", highlight=False)
+    console.print(f"  out       about {size(estimate['bytes'])}", highlight=False)
     if plan.parts:
         console.print(f"next:\n  vidgen generate {output}", markup=False, highlight=False, soft_wrap=True)

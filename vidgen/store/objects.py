@@ -92,14 +92,18 @@ class Objects:
             self.fs.pipe_file(self.path(path), data)
 
     def put_file(self, path: str, source: str | Path) -> None:
-        """Writes a whole object from a local file, atomically, over whatever is there."""
+        """Writes a whole object from a local file, atomically, over whatever is there. The file must not be changed
+        afterwards: on the same disk the object is the file itself under another name."""
         if not self.local:
             self.fs.put_file(str(source), self.path(path))
             return
         final = self.path(path)
         temporary = self._temporary(final)
         try:
-            shutil.copyfile(source, temporary)
+            try:
+                os.link(source, temporary)
+            except OSError:  # another filesystem, or one without links
+                shutil.copyfile(source, temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, final)

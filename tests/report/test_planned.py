@@ -1,0 +1,41 @@
+"""What `vidgen plan` says, and how values are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.fleet.inline import config_for, write_prompts
+from vidgen.plan.build import build
+from vidgen.report import planned
+from vidgen.report.wording import duration, size
+from vidgen.store.objects import Objects
+
+
+def test_a_plan_tells_rows_rejects_with_reasons_shapes_cost_and_what_to_do_next(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    config = config_for(write_prompts(tmp_path / "p.parquet", ["one", "", "three"]), output)
+    result = build(config, Objects(output))
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    planned.show(result, output, console)
+    text = console.export_text()
+    for part in ("3 read, 1 rejected", "1 x prompt", "is empty", "GPU-hours", "assumed", f"vidgen generate {output}"):
+        assert part in text, text
+    machine = planned.as_json(result)
+    assert machine["made"] and machine["plan"]["counts"]["items"] == 2 and sum(machine["reasons"].values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (60, "1:00"), (3661, "1:01:01"), (100 * 3600, "100:00:00")]
+)
+def test_a_duration_is_written_for_a_person(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (8500, "8.5 KB"), (2.5e9, "2.5 GB"), (3e15, "3e+03 TB")]
+)
+def test_a_size_is_written_for_a_person(count: float, text: str) -> None:
+    assert size(count) == text
