@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+UNITS = ("B", "KB", "MB", "GB", "TB")
+
 
 def duration(seconds: float) -> str:
     """1:02:03, 4:05 or 6 s."""
@@ -15,10 +17,7 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     """512 B, 3.4 KB, 12 MB, 1.5 TB: decimal units."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.3g} {unit}"
+    place = 0
+    while count >= 1000 and place < len(UNITS) - 1:
+        count, place = count / 1000, place + 1
+    return f"{count:.3g} {UNITS[place]}"
