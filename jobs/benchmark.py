@@ -6,6 +6,7 @@ Modes are subcommands, one function each.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import resource
 import sys
 import tempfile
@@ -80,6 +81,9 @@ def dispatch(arguments: argparse.Namespace) -> None:
             f"vidgen: {outcome.counts['done']:,} items, {ours:,.0f} items/s with commits "
             f"({whole:.1f} s in all, cluster start, plan and manifest included; batches up to {max(batches)})"
         )
+        if importlib.util.find_spec("pandas") is None:
+            print("ray data: not measured, it needs pandas (pip install pandas)")
+            return
         data = Objects(f"{folder}/output").read(records[0].video)
         ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
         started = time.perf_counter()

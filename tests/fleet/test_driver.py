@@ -15,7 +15,7 @@ from tests.fleet.inline import config_for, drive, write_prompts
 from vidgen import manifest
 from vidgen.fleet.dispatch import Rules
 from vidgen.fleet.driver import Limits
-from vidgen.report.repair import retry
+from vidgen.report.repair import extend, retry
 from vidgen.report.status import read as status
 from vidgen.report.verify import verify
 from vidgen.store import commits, ledger
@@ -162,3 +162,36 @@ def test_a_constant_video_is_a_failure_unless_it_is_allowed(tmp_path: Path) -> N
     assert drive(refused)[0].counts["failed"] == 2
     allowed = config_for(prompts, str(tmp_path / "b"), sampling__params__fail="black", run__allow_constant="true")
     assert drive(allowed)[0].counts["done"] == 2
+
+
+@pytest.mark.parametrize("format", ["webm", "gif", "png"])
+def test_every_output_format_is_made_and_verified(format: str, tmp_path: Path) -> None:
+    config = config_for(write_prompts(tmp_path / "p.parquet", 2), str(tmp_path / "out"), output__format=format)
+    outcome, _ = drive(config)
+    assert outcome.code == 0
+    verdict = verify(config.output.path, strict=True)
+    assert verdict.ok and verdict.checked == 2, verdict.problems
+
+
+def test_an_extended_run_makes_only_what_is_new_and_its_manifest_covers_both_plans(output: str, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", 6)
+    drive(config_for(prompts, output, dataset__limit=2))
+    wider = config_for(prompts, output, dataset__limit=5)
+    assert extend(wider, Objects(output)).plan.k == 1
+    assert not Objects(output).exists(manifest.SUCCESS)
+    outcome, fleet = drive(wider)
+    assert outcome.code == 0 and outcome.counts["done"] == 5
+    assert {work.item.ordinal for _, works in fleet.sent for work in works} == {2, 3, 4}
+    assert verify(output, strict=True).ok
+
+
+def test_samples_and_sweeps_are_items_of_their_own(output: str, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", 2)
+    config = config_for(prompts, output, dataset__samples_per_row=2, sweep__over="{num_inference_steps: [1, 2]}")
+    outcome, _ = drive(config)
+    assert outcome.counts["done"] == 8 and verify(output).ok
+    (table,) = manifest.read(Objects(output))
+    seeds = {(row["row_id"], row["sample"]): set() for row in table.to_pylist()}  # type: dict[tuple[str, int], set[int]]
+    for row in table.to_pylist():
+        seeds[row["row_id"], row["sample"]].add(row["seed"])
+    assert len(seeds) == 4 and all(len(of_sample) == 1 for of_sample in seeds.values()), "variants share their seed"

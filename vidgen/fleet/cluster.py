@@ -24,6 +24,8 @@ from vidgen.fleet.replica import Pulse, Settings, Worker
 POLL_SECONDS = 1.0
 """How long a replica may hold a poll open when it has nothing to say."""
 FEWEST_HANG_SECONDS = 300.0
+LOCAL_OBJECT_STORE_BYTES = 128 * 2**20
+"""Frames and tensors never cross Ray, so a local cluster need not take a third of the memory for its object store."""
 HANG_STEPS = 10
 """Without run.hang_seconds: a replica hangs that shows nothing for max(300 s, 10 x its longest silence so far)."""
 
@@ -199,8 +201,10 @@ def connect(address: str | None, log: Callable[[str], None]) -> None:
     wanted = address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        own: dict[str, Any] = {} if wanted else {"include_dashboard": False}
-        ray.init(address=wanted, log_to_driver=False, logging_level=logging.ERROR, **own)
+        own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+        # "local": None would join whatever cluster `ray start` left on this machine.
+        address, options = (wanted, {}) if wanted else ("local", own)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RayError, ValueError) as error:
         raise ConfigError(f"no Ray cluster at {wanted!r}: {_first_line(error)}") from error
     log(f"joined the Ray cluster at {wanted}" if wanted else "started a local Ray cluster")

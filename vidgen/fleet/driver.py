@@ -122,6 +122,7 @@ class Driver:
             self._settle(event.record)
         elif isinstance(event, ev.ReplicaLost):
             self.progress.say(f"replica {event.replica} was lost ({event.cause}): {event.error}")
+            self._spent_before += self._busy.pop(event.replica, 0.0)  # its successor counts from zero
         self._queue.append(event)
         while self._queue:
             for action in self.dispatcher.handle(self._queue.pop(0), time.monotonic()):
