@@ -66,3 +66,25 @@ def test_a_run_is_resumed_from_its_output_alone_even_where_it_was_moved(tmp_path
     output.rename(moved)
     run = prepare(str(moved), [], print)
     assert (run.items, run.objects.root) == (2, str(moved))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "fit", "pending", "wanted", "threads", "expected"),
+    [
+        (2, 9, 100, None, None, (2, 1, 1.0)),  # one a core
+        (16, 4, 100, None, None, (4, 4, 4.0)),  # what fits into memory, and the cores divided
+        (16, 99, 3, None, None, (3, 5, 5.0)),  # no more than there is to do
+        (16, 99, 100, None, 4, (4, 4, 4.0)),  # threads said: as many as have their cores
+        (2, 9, 100, 1, None, (1, 2, 2.0)),
+        (2, 9, 100, 3, None, (3, 1, 0.6666)),  # more than cores is the user's wish; Ray must be able to place them
+        (2, 0, 100, None, None, (1, 2, 2.0)),  # one is always tried
+        (2, 9, 100, None, 8, (1, 8, 2.0)),
+    ],
+)
+def test_replicas_on_a_cpu_divide_its_cores(
+    cpus: int, fit: int, pending: int, wanted: int | None, threads: int | None, expected: tuple[int, int, float]
+) -> None:
+    from vidgen.fleet.run import cpu_replicas
+
+    assert cpu_replicas(cpus, fit, pending, wanted, threads) == expected
+    assert expected[0] * expected[2] <= cpus

@@ -5,6 +5,7 @@ The one place where configuration, plan, lease, cluster and driver meet. Refuses
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -94,33 +95,42 @@ def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress,
 def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, cluster.Resources]:
     config, plan = run.config, run.plans[-1]
     cpus, gpus, memory = cluster.cluster_resources()
-    device = config.engine.device
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
     needs_weights = family.spec(plan.family).CHECKPOINT
     problem = device_problem(plan.estimate, config.engine.device, gpus, cpus) if needs_weights else None
     if problem:
         raise ConfigError(problem)
-    wanted = config.parallel.replicas
+    device = config.engine.device if config.engine.device != "auto" else "cuda" if gpus else "cpu"
+    threads = None if config.engine.threads == "auto" else int(config.engine.threads)
+    wanted = None if config.parallel.replicas == "auto" else int(config.parallel.replicas)
     if device == "cuda" and needs_weights:
-        count = gpus if wanted == "auto" else int(wanted)
-        resources = cluster.Resources(min(count, pending) or 1, cpus=1, gpus=1)
-        if count > gpus:
-            raise ConfigError(f"parallel.replicas: {count}, but the cluster has {gpus} GPUs; at most one replica a GPU")
-        threads = None if config.engine.threads == "auto" else int(config.engine.threads)
+        if wanted is not None and wanted > gpus:
+            raise ConfigError(
+                f"parallel.replicas: {wanted}, but the cluster has {gpus} GPUs; at most one replica a GPU"
+            )
+        resources = cluster.Resources(min(wanted or gpus, pending), cpus=1, gpus=1)
     else:
         device = "cpu"
-        most = max(1, memory // (CPU_REPLICA_BYTES + 2 * int(plan.estimate.get("weight_bytes", 0))))
-        count = min(cpus, most, pending) if wanted == "auto" else int(wanted)
-        count = max(1, count)
-        threads = max(1, cpus // count) if config.engine.threads == "auto" else int(config.engine.threads)
-        share = cpus / count
-        resources = cluster.Resources(count, cpus=float(int(share)) if share > 1 else share * 0.99, gpus=0)
-    objects = run.objects
-    token = f"epoch {lease.epoch} {lease.token}"
-    probe = f"epochs/{lease.epoch}.probe"
+        each = CPU_REPLICA_BYTES + 2 * int(plan.estimate["weight_bytes"])
+        count, threads, share = cpu_replicas(cpus, memory // each, pending, wanted, threads)
+        resources = cluster.Resources(count, cpus=share, gpus=0)
+    return _settings(run, lease, device, threads), resources
+
+
+def cpu_replicas(cpus: int, fit: int, pending: int, wanted: int | None, threads: int | None) -> tuple[int, int, float]:
+    """(replicas, threads of each, CPUs that each reserves) on `cpus` cores where `fit` replicas fit into memory.
+
+    More threads than cores slow each other manyfold, so an unsaid number of replicas or threads is what is left."""
+    count = wanted or max(1, min(cpus // (threads or 1), fit, pending))
+    share = cpus / count
+    reserved = float(int(share)) if share >= 1 else math.floor(share * 1e4) / 1e4
+    return count, threads or max(1, cpus // count), reserved
+
+
+def _settings(run: Run, lease: epochs.Lease, device: str, threads: int | None) -> Settings:
+    config, plan, objects = run.config, run.plans[-1], run.objects
+    probe, token = f"epochs/{lease.epoch}.probe", f"epoch {lease.epoch} {lease.token}"
     objects.put(probe, token.encode())
-    settings = Settings(
+    return Settings(
         output=objects.root if objects.local else objects.url,
         single_writer=config.run.single_writer,
         probe=(probe, token),
@@ -139,7 +149,6 @@ def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, cl
         crf=config.output.crf,
         allow_constant=config.run.allow_constant,
     )
-    return settings, resources
 
 
 def _rules(run: Run, settings: Settings) -> Rules:
