@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from vidgen.fleet import events as ev
@@ -34,10 +35,20 @@ class Behaviour:
 class Simulation:
     """Drives a Dispatcher over `total` items until it finishes; asserts on the way that no item flies twice at once."""
 
-    def __init__(self, total: int, behaviour: Behaviour, rules: Rules, replicas: int = 3, seed: int = 0) -> None:
+    def __init__(
+        self,
+        total: int,
+        behaviour: Behaviour,
+        rules: Rules,
+        replicas: int = 3,
+        seed: int = 0,
+        suspects: Collection[int] = (),
+    ) -> None:
         self.random = random.Random(seed)
         self.behaviour, self.rules = behaviour, rules
-        self.todo = [ev.Task(item(i, shape="ab"[i % 2], flops=1.0 + i % 2)) for i in range(total)]
+        self.todo = [
+            ev.Task(item(i, shape="ab"[i % 2], flops=1.0 + i % 2), suspect=i in suspects) for i in range(total)
+        ]
         self.total = total
         self.committed: dict[str, Record] = {}
         self.evidence: Counter[str] = Counter()

@@ -341,5 +341,6 @@ def _scratch_folder() -> Path:
             host, pid, begun, _ = folder.name.rsplit("_", 3)
             if host == socket.gethostname() and start_time(int(pid)) != begun:
                 shutil.rmtree(folder, ignore_errors=True)
-    begun = start_time(os.getpid()) or "0"
-    return Path(tempfile.mkdtemp(prefix=f"{socket.gethostname()}_{os.getpid()}_{begun}_", dir=root))
+    own = root / f"{socket.gethostname()}_{os.getpid()}_{start_time(os.getpid()) or 0}_{new_token()}"
+    own.mkdir()
+    return own
