@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.fleet.inline import drive
+from tests.fleet.inline import drive, settings_for
 from tests.models.wan.tiny_checkpoint import build
 from vidgen import config as configuration
 from vidgen import manifest, media
+from vidgen.errors import CheckpointError
+from vidgen.fleet.replica import Worker
+from vidgen.plan.build import build as build_plan
 from vidgen.report.verify import verify
 from vidgen.store.objects import Objects
 
@@ -74,3 +78,16 @@ def test_the_bytes_are_those_of_the_engine_alone(tmp_path: Path, checkpoint: Pat
     size = {name: row[name] for name in ("height", "width", "num_frames", "num_inference_steps", "negative_prompt")}
     (video,) = loaded.generate([loaded.request(row["prompt"], seed=row["seed"], **size)])
     assert media.write(video, tmp_path / "alone.mp4").sha256 == row["sha256"]
+
+
+def test_a_replica_whose_checkpoint_is_another_never_becomes_ready(tmp_path: Path, checkpoint: Path) -> None:
+    config = job(tmp_path / "job", checkpoint, [0])
+    objects = Objects(config.output.path)
+    objects.put("epochs/probe", b"seen")
+    planned = build_plan(config, objects).plan.checkpoint_hash
+    settings = replace(settings_for(config, objects), checkpoint_hash=planned)
+    right = Worker("r0", "node", settings)
+    assert right.start() == "node"
+    right.close()
+    with pytest.raises(CheckpointError, match=planned[:8]):
+        Worker("r0", "node", replace(settings, checkpoint=str(build(tmp_path / "other", seed=1)))).start()

@@ -129,6 +129,17 @@ def test_a_row_that_kills_its_replica_is_given_up_and_the_others_are_made(tmp_pa
     assert verdict.ok and (verdict.done, verdict.not_done) == (7, 1), verdict.problems
 
 
+def test_a_row_that_hangs_its_replica_is_given_up_and_the_others_are_made(tmp_path: Path) -> None:
+    fails = ["hang" if i == 1 else "" for i in range(6)]
+    dataset = write_prompts(tmp_path / "p.parquet", 6, fails=fails)
+    columns = "dataset.columns={prompt: prompt, params.fail: fails}"
+    job = Job(dataset, tmp_path / "out", columns, "run.max_attempts=1", "run.hang_seconds=4")
+    assert job.finish() == 3, job.log()
+    assert "no sign of life" in job.log()
+    verdict = verify(str(job.output))
+    assert verdict.ok and (verdict.done, verdict.not_done) == (5, 1), verdict.problems
+
+
 def test_a_starter_beside_a_live_driver_leaves_at_once_and_beside_a_dead_one_takes_over(tmp_path: Path) -> None:
     job = Job(write_prompts(tmp_path / "p.parquet", 20), tmp_path / "out", "sampling.params.step_seconds=0.2")
     first = job.start()
