@@ -25,7 +25,7 @@ LAYERS = [
     {"store", "prompts"},
     {"media", "models"},
     {"config", "where", "identity", "nn", "sampling", "text", "checkpoint", "memory"},
-    {"config_rules", "tokens", "parallel", "family"},
+    {"config_rules", "formats", "tokens", "parallel", "family"},
     {"types", "errors"},
 ]
 """Rooms from top to bottom; a room imports itself and what is below it."""

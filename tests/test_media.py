@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vidgen import media
+from vidgen import formats, media
 from vidgen.errors import InfrastructureError, ItemError, UserError
 from vidgen.types import Request, Video
 
@@ -35,10 +35,10 @@ def _video(frames: np.ndarray, fps: float = 8.0, chunk: int = 4) -> Video:
 
 
 def _path(folder: Path, format: str, name: str = "clip") -> Path:
-    return folder / f"{name}{media.FORMATS[format].extension}"
+    return folder / f"{name}{formats.FORMATS[format].extension}"
 
 
-@pytest.mark.parametrize("format", media.FORMATS)
+@pytest.mark.parametrize("format", formats.FORMATS)
 def test_frames_come_back_as_they_went_in(format: str, tmp_path: Path) -> None:
     frames = _frames()
     encoded = media.write(_video(frames), _path(tmp_path, format), format=format)
@@ -50,7 +50,7 @@ def test_frames_come_back_as_they_went_in(format: str, tmp_path: Path) -> None:
     assert near < far
 
 
-@pytest.mark.parametrize("format", media.FORMATS)
+@pytest.mark.parametrize("format", formats.FORMATS)
 def test_equal_frames_give_equal_bytes_however_they_are_chunked(format: str, tmp_path: Path) -> None:
     frames = _frames()
     one = media.write(_video(frames, chunk=9), _path(tmp_path, format, "one"), format=format)
@@ -67,7 +67,7 @@ def test_h265_gives_equal_bytes_too(tmp_path: Path) -> None:
     assert media.probe(files[0].path).codec == "hevc"
 
 
-@pytest.mark.parametrize("format", media.FORMATS)
+@pytest.mark.parametrize("format", formats.FORMATS)
 @pytest.mark.parametrize(("count", "fps"), [(1, 8.0), (9, 8.0), (12, 24.0)])
 def test_a_probe_counts_what_can_be_decoded(format: str, count: int, fps: float, tmp_path: Path) -> None:
     encoded = media.write(_video(_frames(count), fps), _path(tmp_path, format), format=format)
@@ -83,7 +83,7 @@ def test_a_rate_that_is_no_whole_number_is_kept(tmp_path: Path) -> None:
     assert media.probe(encoded.path).fps == pytest.approx(23.976, abs=1e-3)
 
 
-@pytest.mark.parametrize("format", media.FORMATS)
+@pytest.mark.parametrize("format", formats.FORMATS)
 def test_frames_that_stand_still_are_kept_one_by_one(format: str, tmp_path: Path) -> None:
     frames = np.repeat(_frames(1), 9, axis=0)
     encoded = media.write(_video(frames), _path(tmp_path, format), format=format)
@@ -118,7 +118,7 @@ def test_mp4_can_start_before_it_is_whole(tmp_path: Path) -> None:
 )
 def test_a_format_or_codec_that_does_not_exist_is_named(arguments: tuple, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        media.problems(*arguments)
+        formats.problems(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_a_format_or_codec_that_does_not_exist_is_named(arguments: tuple, messag
     ],
 )
 def test_what_a_format_cannot_hold_is_said_before_anything_is_made(arguments: tuple, word: str) -> None:
-    assert any(word in problem for problem in media.problems(*arguments))
+    assert any(word in problem for problem in formats.problems(*arguments))
 
 
-@pytest.mark.parametrize("format", media.FORMATS)
+@pytest.mark.parametrize("format", formats.FORMATS)
 def test_the_default_of_every_format_has_no_problem(format: str) -> None:
-    assert media.problems(format, None, 18, (480, 832), 16.0) == []
+    assert formats.problems(format, None, 18, (480, 832), 16.0) == []
 
 
 @pytest.mark.parametrize("level", [0, 127, 255])
@@ -216,7 +216,7 @@ def test_an_ffmpeg_that_is_killed_says_nothing_about_the_item(tmp_path: Path) ->
     encoder.abort()
 
 
-@pytest.mark.parametrize("format", media.FORMATS)
+@pytest.mark.parametrize("format", formats.FORMATS)
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_a_cut_file_is_an_item_error(format: str, share: float, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -249,7 +249,7 @@ def test_what_is_no_video_is_an_item_error_without_addresses(tmp_path: Path) -> 
         media.probe(tmp_path / "nowhere.mp4")
 
 
-@pytest.mark.parametrize("format", media.FORMATS)
+@pytest.mark.parametrize("format", formats.FORMATS)
 def test_a_poster_is_the_middle_frame(format: str, tmp_path: Path) -> None:
     frames = np.zeros((9, 48, 64, 3), np.uint8)
     frames[:, :, :, 2] = 30

@@ -202,6 +202,7 @@ def _check(folder: CheckpointFolder, family: str, spec: Spec, expected_hash: str
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m vidgen.engine PROMPT --out VIDEO.mp4`: one video, without Ray."""
     from vidgen import media
+    from vidgen.formats import FORMATS
 
     parser = argparse.ArgumentParser(prog="python -m vidgen.engine", description="Generate one video.")
     parser.add_argument("prompt")
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = load(given.checkpoint, dtype=given.dtype, device=given.device)
         request = engine.request(given.prompt, **chosen)
         for video in engine.generate([request]):
-            written = media.write(video, given.out, format=_format(given.out, media.FORMATS))
+            written = media.write(video, given.out, format=_format(given.out, FORMATS))
             print(f"{given.out}: {written.frames} frames, {written.bytes:,} bytes")
     except (ValueError, GenerationError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -23,6 +23,7 @@ from typing import Any
 from vidgen import VERSION, family, media
 from vidgen.errors import Cancelled, ConfigError, GenerationError, InfrastructureError, ItemError
 from vidgen.fleet.events import BatchGenerated, BatchReturned, Event, ItemDone, ItemFailed, Work
+from vidgen.formats import FORMATS
 from vidgen.report.summary import signature
 from vidgen.store import commits
 from vidgen.store.epochs import start_time
@@ -329,7 +330,7 @@ def _check(found: media.Encoded | media.Probe, request: Request, frames: int) ->
 
 
 def _extension(format: str) -> str:
-    return media.FORMATS[format].extension
+    return FORMATS[format].extension
 
 
 def _scratch_folder() -> Path:

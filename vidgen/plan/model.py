@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vidgen import family, media, tokens
+from vidgen import family, formats, tokens
 from vidgen.checkpoint.folder import CheckpointFolder, open_checkpoint
 from vidgen.config import JobConfig
 from vidgen.errors import ConfigError, UserError
@@ -71,7 +71,7 @@ def resolve(config: JobConfig) -> Model:
 def _codec(config: JobConfig) -> str:
     output = config.output
     try:
-        codec = media.codec_of(output.format, output.codec)
+        codec = formats.codec_of(output.format, output.codec)
     except UserError as error:
         raise ConfigError(str(error)) from error
     if codec.crf is not None and not codec.crf[0] <= output.crf <= codec.crf[1]:

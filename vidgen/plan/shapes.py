@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vidgen import identity, media
+from vidgen import formats, identity
 from vidgen.config import JobConfig, to_dict
 from vidgen.config_rules import nearest
 from vidgen.errors import ConfigError
@@ -145,7 +145,7 @@ class Shaper:
             request = replace(request, tiling=tiling)
             reasons = spec.problems(request, params, self._parallel) if tiling else []
             size = (request.height, request.width)
-            reasons += media.problems(output.format, self.model.codec, output.crf, size, request.fps)
+            reasons += formats.problems(output.format, self.model.codec, output.crf, size, request.fps)
         if reasons:
             return Shape(request, tuple(reasons))
         return Shape(
