@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 import uuid
 from pathlib import Path
@@ -15,10 +16,12 @@ from tests.fleet.inline import config_for, drive, write_prompts
 from vidgen import manifest
 from vidgen.fleet.dispatch import Rules
 from vidgen.fleet.driver import Limits
+from vidgen.plan.build import build
+from vidgen.plan.files import read_items
 from vidgen.report.repair import extend, retry
 from vidgen.report.status import read as status
 from vidgen.report.verify import verify
-from vidgen.store import commits, ledger
+from vidgen.store import commits, epochs, ledger
 from vidgen.store.objects import Objects
 
 
@@ -195,3 +198,37 @@ def test_samples_and_sweeps_are_items_of_their_own(output: str, tmp_path: Path) 
     for row in table.to_pylist():
         seeds[row["row_id"], row["sample"]].add(row["seed"])
     assert len(seeds) == 4 and all(len(of_sample) == 1 for of_sample in seeds.values()), "variants share their seed"
+
+
+def test_what_was_in_flight_at_a_death_goes_last_and_alone_and_counts_only_when_it_was_a_lone_suspect(
+    tmp_path: Path,
+) -> None:
+    output = str(tmp_path / "out")
+    config = config_for(write_prompts(tmp_path / "p.parquet", 5), output)
+    objects = Objects(output)
+    plan = build(config, objects).plan
+    first, second = (item.item_id for item in list(read_items(objects, plan, plan.parts[0]))[:2])
+    dead = epochs.acquire(objects, lease=60)
+    dead.beat(in_flight=[first, second])
+    holder = json.loads(objects.read("epochs/0.json"))
+    objects.put("epochs/0.json", json.dumps({**holder, "start_time": "1"}).encode())
+    outcome, fleet = drive(config)
+    assert outcome.code == 0
+    assert {work.item.item_id for _, works in fleet.sent[-2:] for work in works} == {first, second}
+    assert not list(commits.read_attempts(objects))
+
+
+def test_a_lone_suspect_of_another_death_gets_one_count(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    config = config_for(write_prompts(tmp_path / "p.parquet", 2), output)
+    objects = Objects(output)
+    plan = build(config, objects).plan
+    suspect = next(read_items(objects, plan, plan.parts[0])).item_id
+    dead = epochs.acquire(objects, lease=60)
+    dead.beat(in_flight=[suspect], lone_suspect=True)
+    holder = json.loads(objects.read("epochs/0.json"))
+    objects.put("epochs/0.json", json.dumps({**holder, "start_time": "1"}).encode())
+    outcome, _ = drive(config, rules=Rules(max_attempts=1))
+    (attempt,) = commits.read_attempts(objects)
+    assert (attempt.item_id, attempt.error_class, attempt.count, attempt.token) == (suspect, "replica", 1.0, "epoch0")
+    assert outcome.code == 3 and outcome.counts == {"done": 1, "failed": 1, "quarantined": 0, "pending": 0}

@@ -187,11 +187,9 @@ class Driver:
         for attempt in commits.read_attempts(self.objects):
             if attempt.generation == self.state.generation_of(attempt.item_id):
                 self.counts[attempt.item_id] = self.counts.get(attempt.item_id, 0.0) + attempt.count
-        if not self.lease.unclean:
-            return
         before = self.lease.before
         self.suspects = set(before.get("in_flight", ()))
-        if before.get("lone_suspect") and len(self.suspects) == 1:
+        if self.lease.unclean and before.get("lone_suspect") and len(self.suspects) == 1:
             (item_id,) = self.suspects
             token = f"epoch{self.lease.epoch - 1}"
             attempt = commits.Attempt(item_id, self.state.generation_of(item_id), "replica", 1.0, token)

@@ -56,7 +56,7 @@ def generate(source: str, overrides: Sequence[str], options: Options) -> tuple[R
             return run, _drive(run, held, lease, progress, options)
         return run, _finish(run, held, lease)
     except UserError:
-        lease.release(in_flight=[], gpu_seconds=lease.before.get("gpu_seconds", 0.0))
+        lease.release(**lease.inherited())
         raise
     finally:
         progress.close()
@@ -69,7 +69,7 @@ def _finish(run: Run, held: state.State, lease: epochs.Lease) -> Outcome:
         manifest.write(run.objects, run.plans, held, lease.token, before_write=lease.check)
         reason = "every item was terminal; the manifest was written again"
     counts = held.counts()
-    lease.release(in_flight=[], gpu_seconds=lease.before.get("gpu_seconds", 0.0), counts=counts)
+    lease.release(**lease.inherited(), counts=counts)
     return Outcome(3 if counts["failed"] or counts["quarantined"] else 0, reason, counts, 0.0)
 
 

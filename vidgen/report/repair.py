@@ -38,7 +38,6 @@ def retry(output: str, *, where: str | None = None, missing: bool = False, takeo
     if not plans:
         raise PlanError(f"{output}: no plan/0/PLAN.json, so there is no run here")
     lease = epochs.acquire(objects, lease=LEASE_SECONDS, takeover=takeover)
-    spent = lease.before.get("gpu_seconds", 0.0)
     try:
         state = states.load(objects, sum(part.items for plan in plans for part in plan.parts))
         chosen: list[str] = []
@@ -48,7 +47,7 @@ def retry(output: str, *, where: str | None = None, missing: bool = False, takeo
             chosen += _damaged(objects, table) if missing else _not_done(table)
         generation = reopen(objects, chosen, lease) if chosen else None
     finally:
-        lease.release(in_flight=[], gpu_seconds=spent)
+        lease.release(**lease.inherited())
     return Reopened(len(chosen), generation)
 
 
@@ -71,7 +70,6 @@ def extend(
 ) -> PlanResult:
     """Adds plan k+1, under the lease; `_SUCCESS.json` goes first. Raises Held while a driver runs."""
     lease = epochs.acquire(objects, lease=config.run.lease, takeover=takeover)
-    spent = lease.before.get("gpu_seconds", 0.0)
 
     def before_freeze() -> None:
         lease.check()
@@ -81,7 +79,7 @@ def extend(
     try:
         return build(config, objects, extend=True, token=lease.token, before_freeze=before_freeze, say=say)
     finally:
-        lease.release(in_flight=[], gpu_seconds=spent)
+        lease.release(**lease.inherited())
 
 
 def collect(output: str, *, older_than: float, dry_run: bool = False) -> gc.Swept:
@@ -90,11 +88,10 @@ def collect(output: str, *, older_than: float, dry_run: bool = False) -> gc.Swep
     if dry_run or older_than >= gc.SAFE_SECONDS:
         return gc.collect(objects, older_than, dry_run=dry_run)
     lease = epochs.acquire(objects, lease=LEASE_SECONDS)
-    spent = lease.before.get("gpu_seconds", 0.0)
     try:
         return gc.collect(objects, older_than, before_delete=lease.check)
     finally:
-        lease.release(in_flight=[], gpu_seconds=spent)
+        lease.release(**lease.inherited())
 
 
 def _not_done(table: pa.Table) -> Iterator[str]:

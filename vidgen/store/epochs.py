@@ -65,6 +65,11 @@ class Lease:
         self.objects.put(f"epochs/{self.epoch}.beat", json.dumps(body).encode())
         self.last_beat = time.monotonic()
 
+    def inherited(self) -> dict[str, Any]:
+        """What the driver before us left and nobody has dealt with yet: GPU-seconds spent, items that were in flight
+        on its host when it died (none after a clean end). Who holds the lease without driving passes it on."""
+        return {"gpu_seconds": self.before.get("gpu_seconds", 0.0), "in_flight": self.before.get("in_flight", [])}
+
     def release(self, **facts: Any) -> None:
         """The last beat of a clean end: a successor need not wait."""
         self.beat(released=True, **facts)
@@ -132,9 +137,7 @@ def acquire(
         body = {**asdict(me), "token": token, "started_at": time.time()}
         if objects.create(f"epochs/{number}.json", json.dumps(body).encode(), token):
             held = Lease(objects, number, token, unclean, before)
-            held.beat(
-                gpu_seconds=before.get("gpu_seconds", 0.0), in_flight=before.get("in_flight", {}) if unclean else {}
-            )
+            held.beat(**held.inherited())
             return held
         if not takeover:
             raise Held(f"another driver took epoch {number} at the same moment")
