@@ -145,17 +145,17 @@ def test_the_write_of_one_item_overlaps_the_steps_of_the_next(tmp_path: Path, mo
     put_file = Objects.put_file
 
     def slow(self: Objects, path: str, source: Any) -> None:
-        time.sleep(0.3)
+        time.sleep(0.7)
         put_file(self, path, source)
 
     monkeypatch.setattr(Objects, "put_file", slow)
     output = str(tmp_path / "out")
     prompts = write_prompts(tmp_path / "p.parquet", 4)
-    drive(config_for(prompts, output, sampling__params__step_seconds=0.25), replicas=1)
+    drive(config_for(prompts, output, sampling__params__step_seconds=0.5), replicas=1)
     (table,) = ledger.read_tables(Objects(output))
     records = sorted(ledger.to_records(table), key=lambda record: record.started_at)
     for earlier, later in itertools.pairwise(records):
-        first_step_ends = later.started_at + 0.25
+        first_step_ends = later.started_at + 0.5
         assert earlier.write_started_at < first_step_ends < earlier.created_at
 
 

@@ -81,7 +81,7 @@ def replica_processes(driver: int) -> list[psutil.Process]:
 def test_ten_kills_at_random_moments_lose_nothing_and_repeat_little(tmp_path: Path) -> None:
     """Half of the moments are counted from the start of the command (planning, cluster and replicas coming up), half
     from its first commit, so that a slow machine is not only killed while it starts."""
-    items, chance = 90, random.Random(20)
+    items, chance = 120, random.Random(20)
     prompts = write_prompts(tmp_path / "p.parquet", items)
     job = Job(prompts, tmp_path / "out", "sampling.params.step_seconds=0.2", "engine.batch_tokens=1")
     settled = []
