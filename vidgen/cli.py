@@ -79,10 +79,11 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _summary(output: str, outcome: Any, page: str, plans: Sequence[Any]) -> None:
+    from vidgen.plan.files import total_rejected
     from vidgen.report.wording import duration
 
     console, counts = Console(), outcome.counts
-    rejected = sum(plan.counts.get("rejected", 0) for plan in plans)
+    rejected = total_rejected(plans)
     style = {0: "bold green", SOME_FAILED: "bold yellow"}.get(outcome.code, "bold red")
     console.print(outcome.reason, style=style, markup=False, highlight=False, soft_wrap=True)
     parts = [f"{number} {name}" for name, number in {**counts, "rejected": rejected}.items() if number]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vidgen.plan.files import part_table, rejected_table
+from vidgen.plan.files import part_table, rejected_table, total_rejected
 from vidgen.store import commits, ledger
 from vidgen.store.objects import Objects
 from vidgen.store.state import NAMES, State
@@ -92,7 +92,7 @@ def write(
     body = {
         "plan": plans[-1].k,
         "generation": state.generation,
-        "counts": {**state.counts(), "rejected": sum(plan.counts.get("rejected", 0) for plan in plans)},
+        "counts": {**state.counts(), "rejected": total_rejected(plans)},
         "parts": hashes,
         "token": token,
     }

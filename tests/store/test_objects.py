@@ -63,6 +63,14 @@ def test_a_put_replaces_and_a_listing_sees_every_depth(objects: Objects, tmp_pat
     assert list(objects.list("nothing")) == []
 
 
+def test_putting_a_file_twice_leaves_nothing_behind(tmp_path: Path) -> None:
+    objects, source = Objects(str(tmp_path / "out")), tmp_path / "source"
+    source.write_bytes(b"file")
+    objects.put_file("x/1", source)
+    objects.put_file("x/1", source)
+    assert [path.name for path in (tmp_path / "out" / "x").iterdir()] == ["1"]
+
+
 def test_deleting_what_is_not_there_is_no_error(objects: Objects) -> None:
     objects.put("x", b"1")
     objects.delete("x")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from vidgen.fleet import events as ev
 from vidgen.fleet.dispatch import Dispatcher, Rules
 from vidgen.fleet.progress import Progress, ReplicaState, Snapshot
 from vidgen.fleet.replica import Pulse
-from vidgen.plan.files import read_items
+from vidgen.plan.files import read_items, total_rejected
 from vidgen.store import commits, ledger
 from vidgen.store.epochs import BEAT_SECONDS, Lease
 from vidgen.store.objects import Objects, new_token
@@ -85,7 +85,7 @@ class Driver:
         self.name, self.objects, self.plans = name, objects, plans
         self.state, self.lease, self.fleet, self.progress = state, lease, fleet, progress
         self.total = len(state.status)
-        self.rejected = sum(plan.counts.get("rejected", 0) for plan in plans)
+        self.rejected = total_rejected(plans)
         self.token = new_token()
         self.records: list[Record] = []
         self.suspects: set[str] = set()
@@ -298,12 +298,17 @@ class Driver:
         counts = self.state.counts()
         code = finish.code
         if code is None:
-            code = 3 if counts["failed"] or counts["quarantined"] else 0
+            code = finished_code(counts)
             self.lease.check()
             manifest.write(self.objects, self.plans, self.state, self.token, before_write=self.lease.check)
         self.progress.show(self.snapshot("finished" if finish.code is None else "stopped"), last=True)
         self.lease.release(in_flight=[], gpu_seconds=self.gpu_seconds(), counts=counts)
         return Outcome(code, finish.reason, counts, self.progress.elapsed())
+
+
+def finished_code(counts: Mapping[str, int]) -> int:
+    """Exit code of a run whose every item is terminal."""
+    return 3 if counts["failed"] or counts["quarantined"] else 0
 
 
 def replica_names(count: int) -> list[str]:

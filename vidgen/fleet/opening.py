@@ -11,7 +11,7 @@ from vidgen import config as configuration
 from vidgen.config import JobConfig
 from vidgen.errors import ConfigError
 from vidgen.plan import build as planning
-from vidgen.plan.files import check_resume, read_plan
+from vidgen.plan.files import check_resume, read_plan, total_items
 from vidgen.store.objects import Objects, new_token
 from vidgen.types import Plan
 
@@ -29,7 +29,7 @@ class Run:
 
     @property
     def items(self) -> int:
-        return sum(part.items for plan in self.plans for part in plan.parts)
+        return total_items(self.plans)
 
 
 def is_output(source: str) -> bool:

@@ -18,7 +18,7 @@ from vidgen.config import JobConfig
 from vidgen.errors import ConfigError, UserError
 from vidgen.fleet import cluster
 from vidgen.fleet.dispatch import Rules
-from vidgen.fleet.driver import Driver, Interrupt, Limits, Outcome, replica_names
+from vidgen.fleet.driver import Driver, Interrupt, Limits, Outcome, finished_code, replica_names
 from vidgen.fleet.opening import Run, deadline_of, prepare
 from vidgen.fleet.progress import Progress
 from vidgen.fleet.replica import Settings
@@ -70,7 +70,7 @@ def _finish(run: Run, held: state.State, lease: epochs.Lease) -> Outcome:
         reason = "every item was terminal; the manifest was written again"
     counts = held.counts()
     lease.release(**lease.inherited(), counts=counts)
-    return Outcome(3 if counts["failed"] or counts["quarantined"] else 0, reason, counts, 0.0)
+    return Outcome(finished_code(counts), reason, counts, 0.0)
 
 
 def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress, options: Options) -> Outcome:

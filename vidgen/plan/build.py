@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from vidgen.config import JobConfig
 from vidgen.errors import PlanError
 from vidgen.plan.earlier import read_earlier
-from vidgen.plan.files import Objects, check_resume, freeze, read_plan, rejected_reasons
+from vidgen.plan.files import Objects, check_resume, freeze, read_plan, rejected_reasons, total_rejected
 from vidgen.plan.planning import Planning
 from vidgen.prompts import open_dataset
 from vidgen.types import Plan
@@ -36,7 +36,7 @@ class PlanResult:
 
     @property
     def rejected(self) -> int:
-        return sum(plan.counts["rejected"] for plan in self.plans)
+        return total_rejected(self.plans)
 
 
 def build(

@@ -74,6 +74,8 @@ _UNIQUE = ("ordinal", "item_id", "row_id", "seed", "request_hash", "prompt", "or
 class Objects(Protocol):
     """What a plan needs of a store; `vidgen.store.objects.Objects` is one."""
 
+    @property
+    def url(self) -> str: ...
     def create(self, path: str, data: bytes, token: str) -> bool: ...
     def put(self, path: str, data: bytes) -> None: ...
     def read(self, path: str) -> bytes: ...
@@ -87,6 +89,24 @@ def read_plan(objects: Objects) -> list[Plan]:
     """Every frozen plan of a run, k = 0, 1, ...; [] if there is none. The run's plan is their union."""
     names = sorted(entry.path for entry in objects.list("plan") if entry.path.endswith(f"/{PLAN_JSON}"))
     return sorted((_plan(json.loads(objects.read(name))) for name in names), key=lambda plan: plan.k)
+
+
+def require_plan(objects: Objects) -> list[Plan]:
+    """`read_plan`, of a run that must be there; PlanError if it is not."""
+    plans = read_plan(objects)
+    if not plans:
+        raise PlanError(f"{objects.url}: no plan/0/PLAN.json, so there is no run here")
+    return plans
+
+
+def total_items(plans: Iterable[Plan]) -> int:
+    """Items of all plans of a run."""
+    return sum(part.items for plan in plans for part in plan.parts)
+
+
+def total_rejected(plans: Iterable[Plan]) -> int:
+    """Rejected rows of all plans of a run."""
+    return sum(plan.counts["rejected"] for plan in plans)
 
 
 def part_table(objects: Objects, part: Part) -> pa.Table:

@@ -24,8 +24,8 @@ import jinja2
 import pyarrow as pa
 
 from vidgen import manifest, media
-from vidgen.errors import GenerationError, PlanError
-from vidgen.plan.files import read_plan
+from vidgen.errors import GenerationError
+from vidgen.plan.files import require_plan, total_items
 from vidgen.report.summary import STATUSES, Summary, signature
 from vidgen.report.wording import duration
 from vidgen.store import state as states
@@ -72,13 +72,11 @@ def report(
     """Writes `report/index.html` of a finished or unfinished run; returns its path or URL. PlanError if there is no
     run. `progress(done, total)` counts posters."""
     objects = Objects(output)
-    plans = read_plan(objects)
-    if not plans:
-        raise PlanError(f"{output}: no plan/0/PLAN.json, so there is no run here")
+    plans = require_plan(objects)
     if objects.exists(manifest.SUCCESS):
         tables = manifest.read(objects)
     else:
-        tables = manifest.rows(objects, plans, states.load(objects, sum(p.items for plan in plans for p in plan.parts)))
+        tables = manifest.rows(objects, plans, states.load(objects, total_items(plans)))
     title = str(plans[0].config.get("name") or PurePosixPath(output).name)
     gallery = write_gallery(tables, objects, title=title, posters=posters, most=most, progress=progress)
     return f"{output.rstrip('/')}/{gallery.page}"

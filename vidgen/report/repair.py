@@ -11,9 +11,8 @@ import pyarrow.compute as pc
 from vidgen import manifest
 from vidgen import where as grammar
 from vidgen.config import JobConfig
-from vidgen.errors import PlanError
 from vidgen.plan.build import PlanResult, build
-from vidgen.plan.files import read_plan
+from vidgen.plan.files import require_plan, total_items
 from vidgen.report.verify import check_videos
 from vidgen.store import commits, epochs, gc
 from vidgen.store import state as states
@@ -34,12 +33,10 @@ def retry(output: str, *, where: str | None = None, missing: bool = False, takeo
     """Reopens failed and quarantined items (those that `where` selects), or with `missing` the done ones whose video is
     gone or damaged. Raises Held while a driver runs, UserError for a bad `where`."""
     objects = Objects(output)
-    plans = read_plan(objects)
-    if not plans:
-        raise PlanError(f"{output}: no plan/0/PLAN.json, so there is no run here")
+    plans = require_plan(objects)
     lease = epochs.acquire(objects, lease=LEASE_SECONDS, takeover=takeover)
     try:
-        state = states.load(objects, sum(part.items for plan in plans for part in plan.parts))
+        state = states.load(objects, total_items(plans))
         chosen: list[str] = []
         for table in manifest.rows(objects, plans, state):
             if where:

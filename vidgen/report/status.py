@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vidgen import manifest
-from vidgen.errors import PlanError
-from vidgen.plan.files import read_plan
+from vidgen.plan.files import require_plan, total_items, total_rejected
 from vidgen.report.summary import signature
 from vidgen.report.wording import duration
 from vidgen.store import epochs
@@ -60,10 +59,8 @@ class Status:
 def read(output: str) -> Status:
     """The state of a run; PlanError if there is none at `output`."""
     objects = Objects(output)
-    plans = read_plan(objects)
-    if not plans:
-        raise PlanError(f"{output}: no plan/0/PLAN.json, so there is no run here")
-    state = states.load(objects, sum(part.items for plan in plans for part in plan.parts))
+    plans = require_plan(objects)
+    state = states.load(objects, total_items(plans))
     counts = state.counts()
     epoch = epochs.current(objects)
     beat = epochs.read_beat(objects, epoch) if epoch is not None else {}
@@ -74,7 +71,7 @@ def read(output: str) -> Status:
         family=plans[-1].family,
         checkpoint=plans[-1].checkpoint,
         total=len(state.status),
-        rejected=sum(plan.counts.get("rejected", 0) for plan in plans),
+        rejected=total_rejected(plans),
         generation=state.generation,
         driver=driver,
         finished=manifest.is_valid(objects, plans, state),

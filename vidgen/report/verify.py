@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from vidgen import manifest, media
 from vidgen.errors import GenerationError
-from vidgen.plan.files import part_table, read_plan
+from vidgen.plan.files import part_table, read_plan, total_items
 from vidgen.store import commits
 from vidgen.store import state as states
 from vidgen.store.objects import Objects
@@ -61,7 +61,7 @@ def verify(output: str, *, fast: bool = False, sample: float = 1.0, strict: bool
     if not plans:
         verdict.problem(f"{output}: no plan/0/PLAN.json, so there is no run here")
         return verdict
-    state = states.load(objects, sum(part.items for plan in plans for part in plan.parts))
+    state = states.load(objects, total_items(plans))
     pending = state.count("pending")
     if pending:
         verdict.problem(f"{pending} of {len(state.status)} items are pending: the run has not finished")

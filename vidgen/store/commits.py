@@ -17,8 +17,6 @@ import pyarrow.parquet as pq
 from vidgen.store.objects import Objects
 from vidgen.types import Record
 
-CLASSES = ("item", "capacity", "replica", "infrastructure")
-
 
 def commit_path(generation: int, item_id: str) -> str:
     return f"commits/g{generation}/{item_id[:2]}/{item_id}.json"

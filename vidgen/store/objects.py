@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,6 @@ class Objects:
         self.root = root.rstrip("/")
         self.single_writer = single_writer
         self.local = isinstance(self.fs, LocalFileSystem)
-
-    def __reduce__(self) -> tuple[Callable[..., Objects], tuple[str, bool]]:
-        return _rebuild, (self.url, self.single_writer)
 
     def path(self, path: str) -> str:
         """The filesystem's own name of an object."""
@@ -107,9 +104,8 @@ class Objects:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, final)
-        except BaseException:
-            _unlink(temporary)
-            raise
+        finally:
+            _unlink(temporary)  # still there after an error, or where both names were the same file already
 
     def delete(self, path: str) -> None:
         """Deletes an object; one that is not there is no error."""
@@ -203,10 +199,6 @@ class Objects:
                 f"output.path: {self.url!r} ignores create-only writes, so two writers could undo each other; "
                 "use another store, or set run.single_writer: true if only one driver will ever write there"
             )
-
-
-def _rebuild(url: str, single_writer: bool) -> Objects:
-    return Objects(url, single_writer=single_writer)
 
 
 def _options(url: str) -> dict[str, Any]:

@@ -135,11 +135,11 @@ def test_sizes_are_those_of_the_config_files() -> None:
 
 def test_every_config_that_diffusers_writes_is_read() -> None:
     with torch.device("meta"):
-        spec.transformer_params(dict(OracleTransformer().config))
-        spec.vae_params(dict(AutoencoderKLWan().config))
-    spec.scheduler_params(
-        {**FlowMatchEulerDiscreteScheduler().config, "_class_name": "FlowMatchEulerDiscreteScheduler"}
-    )
+        transformer, vae = OracleTransformer().config, AutoencoderKLWan().config
+    scheduler = {**FlowMatchEulerDiscreteScheduler().config, "_class_name": "FlowMatchEulerDiscreteScheduler"}
+    assert spec.transformer_params(dict(transformer)).num_layers == transformer["num_layers"]
+    assert spec.vae_params(dict(vae)).z_dim == vae["z_dim"]
+    assert spec.scheduler_params(scheduler).sampler == "euler"
 
 
 def test_reading_and_counting_import_no_torch() -> None:
