@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from vidgen import loop
+from vidgen.conditioning import Conditioning
 from vidgen.errors import Cancelled, CapacityError, ItemError
 from vidgen.loop import Loop, State, groups
-from vidgen.sampling import Draws, Guidance, History, Sampler, Schedule, Start
-from vidgen.text import Prompt, Text
+from vidgen.sampling.step import Draws, Guidance, History, Sampler, Schedule, Start
+from vidgen.text.prompt import Prompt, Text
 from vidgen.types import Hooks, Request
 
 SHAPE = (2, 3)
@@ -35,19 +36,24 @@ class Mock:
         self.break_prediction: Any = lambda x: x
         self.break_frames: Any = lambda x: x
 
-    def texts(self, request: Request) -> dict[str, Prompt]:
+    def texts(self, request: Request, media: Conditioning) -> dict[str, Prompt]:
         prompts = {"conditional": Prompt(request.prompt)}
         return prompts | ({"unconditional": Prompt(request.negative_prompt)} if request.guidance_scale > 1 else {})
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         self.encoded += [prompt.text for prompt in prompts]
-        return [Text(prompt.digest, torch.full((1, 4), float(len(prompt.text)))) for prompt in prompts]
+        return [Text(prompt.digest, torch.full((1, 4), float(len(prompt.text))), 1) for prompt in prompts]
 
     def schedule(self, request: Request) -> Schedule:
         return Schedule.flow([900.0 - i for i in range(STEPS)], [1 - i / STEPS for i in range(STEPS + 1)])
 
     def begin(
-        self, requests: Sequence[Request], texts: Mapping[str, Sequence[Text]], schedule: Schedule, draws: Draws
+        self,
+        requests: Sequence[Request],
+        media: Sequence[Conditioning],
+        texts: Mapping[str, Sequence[Text]],
+        schedule: Schedule,
+        draws: Draws,
     ) -> Start:
         conditioning = {
             branch: torch.stack([text.embedding.mean() for text in prompts]) for branch, prompts in texts.items()
@@ -71,7 +77,7 @@ class Mock:
 
         return step
 
-    def decode(self, latents: torch.Tensor, request: Request) -> Iterator[torch.Tensor]:
+    def decode(self, latents: torch.Tensor, request: Request, draws: Draws) -> Iterator[torch.Tensor]:
         for _ in range(request.num_frames):
             self.decoded += 1
             yield self.break_frames(torch.sigmoid(latents[0, :, :, None]).expand(2, 3, 3)[None])

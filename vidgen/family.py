@@ -25,7 +25,8 @@ class Spec(Protocol):
 
     REVISION: int
     """Raised when our own pixels change."""
-    TASKS: tuple[str, ...]
+    TASKS: Mapping[str, Mapping[str, bool]]
+    """Each task, with the conditioning media it takes (image, last_image, video), true for one it cannot do without."""
     CHECKPOINT: bool
     """False for a family without weights (the test card)."""
     PIPELINES: tuple[str, ...]
@@ -40,7 +41,8 @@ class Spec(Protocol):
         """Sizes and switches of a checkpoint; raises CheckpointError naming an unsupported option."""
 
     def defaults(self, task: str, params: Any) -> dict[str, Any]:
-        """Every sampling field (height .. guidance_scale, negative_prompt, sampler, shift, params) for `task`."""
+        """Every sampling field (height .. guidance_scale, negative_prompt, sampler, shift, sigmas, timesteps, params)
+        for `task`; ConfigError if this checkpoint cannot do it."""
 
     def problems(self, request: Request, params: Any, parallel: Mapping[str, Any]) -> list[str]:
         """Each rule the request breaks, as a sentence with the wrong value and the allowed ones; [] if none."""

@@ -18,13 +18,15 @@ import safetensors
 import safetensors.torch
 import torch
 
+from vidgen.conditioning import Conditioning
+from vidgen.conditioning import read as read_media
 from vidgen.errors import Cancelled, CapacityError, ItemError
 from vidgen.parallel import IDENTITY, ContextParallel
-from vidgen.sampling import Draws, Guidance, History, Sampler, Schedule, Start, guide
+from vidgen.sampling.step import Draws, Guidance, History, Sampler, Schedule, Start, guide
 from vidgen.types import Hooks, Request, Video
 
 if TYPE_CHECKING:
-    from vidgen.text import Prompt, Text
+    from vidgen.text.prompt import Prompt, Text
 
 TEXT_CACHE_BYTES = 128 * 2**20
 """Encoded prompts that an engine keeps, the least recently used going first."""
@@ -37,7 +39,7 @@ class Pipeline(Protocol):
     dtypes: Mapping[str, torch.dtype]
     """The dtype of each component with weights."""
 
-    def texts(self, request: Request) -> dict[str, Prompt]:
+    def texts(self, request: Request, media: Conditioning) -> dict[str, Prompt]:
         """The prompt of each branch of the guidance."""
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
@@ -47,7 +49,12 @@ class Pipeline(Protocol):
         """Noise levels, from sizes and settings alone."""
 
     def begin(
-        self, requests: Sequence[Request], texts: Mapping[str, Sequence[Text]], schedule: Schedule, draws: Draws
+        self,
+        requests: Sequence[Request],
+        media: Sequence[Conditioning],
+        texts: Mapping[str, Sequence[Text]],
+        schedule: Schedule,
+        draws: Draws,
     ) -> Start:
         """Latents and conditioning of a batch, drawing random numbers in the family's order."""
 
@@ -62,8 +69,9 @@ class Pipeline(Protocol):
     def sampler(self, request: Request, schedule: Schedule) -> Sampler:
         """The step function."""
 
-    def decode(self, latents: torch.Tensor, request: Request) -> Iterator[torch.Tensor]:
-        """Latents [1, ...] of one item -> frames [n, height, width, 3] in [0, 1] as they come."""
+    def decode(self, latents: torch.Tensor, request: Request, draws: Draws) -> Iterator[torch.Tensor]:
+        """Latents [1, ...] of one item -> frames [n, height, width, 3] in [0, 1] as they come; `draws` are the item's
+        own, where denoising left them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +175,7 @@ class Loop:
 
     def _batch(self, requests: Sequence[Request], hooks: Hooks) -> Iterator[Video]:
         with _memory_errors(self.pipeline.device, f"a batch of {len(requests)}: {_shape(requests[0])}"):
-            latents, seconds, counts = self._denoised(requests, hooks)
+            latents, draws, seconds, counts = self._denoised(requests, hooks)
         for b, request in enumerate(requests):
             video = Video(
                 request=request,
@@ -177,30 +185,31 @@ class Loop:
                 seconds=dict(seconds),
                 counts=dict(counts),
             )
-            video.chunks = self._frames(latents[b : b + 1], video, hooks)
+            video.chunks = self._frames(latents[b : b + 1], draws.item(b), video, hooks)
             yield video
 
     @torch.inference_mode()
     def _denoised(
         self, requests: Sequence[Request], hooks: Hooks
-    ) -> tuple[torch.Tensor, dict[str, float], dict[str, int]]:
+    ) -> tuple[torch.Tensor, Draws, dict[str, float], dict[str, int]]:
         clock = _Clock(self.pipeline.device)
         hooks.progress("encode", 0, 1)
-        texts, encoded = self._encode(requests)
+        media = [read_media(request) for request in requests]
+        texts, encoded = self._encode(requests, media)
         schedule = self.pipeline.schedule(requests[0])
         draws = Draws([request.seed for request in requests])
-        start = self.pipeline.begin(requests, texts, schedule, draws)
+        start = self.pipeline.begin(requests, media, texts, schedule, draws)
         hooks.progress("encode", 1, 1)
         seconds = {"encode": clock.lap()}
         state = self._resumed(requests, start, schedule, draws, hooks)
         latents, forwards = denoise(self.pipeline, requests, schedule, start, state, draws, hooks)
         seconds["denoise"] = clock.lap()
         counts = {f"{branch}_forwards": count for branch, count in forwards.items()}
-        return latents, seconds, {**counts, "text_encodes": encoded}
+        return latents, draws, seconds, {**counts, "text_encodes": encoded}
 
-    def _encode(self, requests: Sequence[Request]) -> tuple[dict[str, list[Text]], int]:
+    def _encode(self, requests: Sequence[Request], media: Sequence[Conditioning]) -> tuple[dict[str, list[Text]], int]:
         """Encoded prompts of each branch, one a request, and how many were not in the cache."""
-        prompts = [self.pipeline.texts(request) for request in requests]
+        prompts = [self.pipeline.texts(request, own) for request, own in zip(requests, media, strict=True)]
         wanted = {prompt.digest: prompt for branches in prompts for prompt in branches.values()}
         known = {digest: self._texts[digest] for digest in wanted if digest in self._texts}
         new = self.pipeline.encode_text([prompt for digest, prompt in wanted.items() if digest not in known])
@@ -232,12 +241,12 @@ class Loop:
         return State(saved.step, saved.latents.to(device), history, saved.generators)
 
     @torch.inference_mode()
-    def _frames(self, latents: torch.Tensor, video: Video, hooks: Hooks) -> Iterator[np.ndarray]:
+    def _frames(self, latents: torch.Tensor, draws: Draws, video: Video, hooks: Hooks) -> Iterator[np.ndarray]:
         """uint8 [n, height, width, 3] chunks of one item."""
         clock, done, request = _Clock(self.pipeline.device), 0, video.request
         video.seconds["decode"] = 0.0
         with _memory_errors(self.pipeline.device, f"decoding {_shape(request)}"):
-            for chunk in self.pipeline.decode(latents, request):
+            for chunk in self.pipeline.decode(latents, request, draws):
                 _check_finite(chunk[None], [request], "decoded frames")
                 frames = (chunk * 255).round().to(torch.uint8).cpu().numpy()
                 done += len(frames)

@@ -31,7 +31,7 @@ from vidgen.demo.publish import MAX_TEXT_TOKENS, SHIFT, describe, publish
 from vidgen.models.wan.params import TransformerParams, VAEParams
 from vidgen.models.wan.transformer import WanTransformer3DModel
 from vidgen.models.wan.vae import WanVAE
-from vidgen.text import ENCODERS
+from vidgen.text.t5 import ENCODERS
 
 log = logging.getLogger("vidgen.demo.train")
 

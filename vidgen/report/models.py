@@ -51,7 +51,7 @@ def _model(name: str) -> Model:
     spec = family.spec(name)
     row = Model(
         name,
-        spec.TASKS,
+        tuple(spec.TASKS),
         spec.PIPELINES,
         spec.SAMPLERS,
         {key: kind.__name__ for key, kind in spec.PARAMS.items()},
@@ -66,5 +66,5 @@ def _model(name: str) -> Model:
         if configs["model_index"].get("_class_name") not in spec.PIPELINES:
             return row
         row.checkpoint = "demo"
-    row.defaults = spec.defaults(spec.TASKS[0], spec.read(configs))
+    row.defaults = spec.defaults(row.tasks[0], spec.read(configs))
     return row

@@ -14,10 +14,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 
 from tests.models.wan import tiny_checkpoint
 from vidgen import engine
+from vidgen.conditioning import Conditioning
 from vidgen.errors import CheckpointError
 from vidgen.loop import Loop
-from vidgen.sampling import Draws
-from vidgen.text import Prompt
+from vidgen.sampling.step import Draws
+from vidgen.text.prompt import Prompt
 from vidgen.types import Request
 
 STAGE = 1e-4
@@ -166,8 +167,8 @@ def test_one_prediction_is_the_oracles(build: Build) -> None:
     loaded, pipe = engine.load(str(folder)), oracle(folder)
     made, pipeline = request(loaded), native(loaded)
     schedule, draws = pipeline.schedule(made), Draws([made.seed])
-    texts = {branch: pipeline.encode_text([prompt]) for branch, prompt in pipeline.texts(made).items()}
-    start = pipeline.begin([made], texts, schedule, draws)
+    texts = {branch: pipeline.encode_text([prompt]) for branch, prompt in pipeline.texts(made, Conditioning()).items()}
+    start = pipeline.begin([made], [Conditioning()], texts, schedule, draws)
     noise = torch.randn((1, 4, 3, 4, 6), generator=torch.Generator().manual_seed(made.seed))
     assert torch.equal(start.latents, noise)
     embeddings = pipe.encode_prompt([PROMPT], [NEGATIVE], max_sequence_length=512)
@@ -193,7 +194,7 @@ def test_decoding_is_the_oracles(build: Build) -> None:
     folder = build()
     loaded, pipe = engine.load(str(folder)), oracle(folder)
     latents = torch.randn((1, 4, 3, 4, 6), generator=torch.Generator().manual_seed(1))
-    found = torch.cat(list(native(loaded).decode(latents, request(loaded))))
+    found = torch.cat(list(native(loaded).decode(latents, request(loaded), Draws([0]))))
     std = torch.tensor(tiny_checkpoint.VAE["latents_std"]).view(1, -1, 1, 1, 1)
     mean = torch.tensor(tiny_checkpoint.VAE["latents_mean"]).view(1, -1, 1, 1, 1)
     video = pipe.vae.decode(latents / (1 / std) + mean, return_dict=False)[0]

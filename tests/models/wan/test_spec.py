@@ -352,7 +352,7 @@ def test_flops_equal_what_torch_counts_in_a_forward_times_forwards(patch: tuple[
     asked = request(guidance_scale=scale)
     with torch.device("meta"):
         model = WanTransformer3DModel(params.transformer)
-        text = torch.empty(1, params.text.max_tokens, params.text.d_model)
+        text = torch.empty(1, params.text_tokens, params.text.d_model)
         latents, timestep = torch.empty(1, 4, 3, 4, 6), torch.empty(1)
     context = model.text_context(text)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

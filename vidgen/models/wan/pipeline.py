@@ -6,31 +6,24 @@ Refuses to know the loop over steps, the guidance formula, batching and caching 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vidgen.checkpoint.folder import CheckpointFolder
 from vidgen.checkpoint.load import dtype_named, load_weights, published_dtype
+from vidgen.conditioning import Conditioning
 from vidgen.errors import CheckpointError
 from vidgen.models.wan.params import Params
 from vidgen.models.wan.transformer import TextContext, WanTransformer3DModel
 from vidgen.models.wan.vae import WanVAE
 from vidgen.parallel import IDENTITY, ContextParallel
-from vidgen.sampling import (
-    Draws,
-    FlowOptions,
-    Guidance,
-    Sampler,
-    Schedule,
-    Start,
-    euler,
-    euler_schedule,
-    unipc,
-    unipc_schedule,
-)
-from vidgen.text import Prompt, Text, TextEncoder, load_text_encoder, padded
+from vidgen.sampling.flow import euler, euler_schedule
+from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
+from vidgen.sampling.unipc import unipc, unipc_schedule
+from vidgen.text.prompt import Prompt, Text, padded
+from vidgen.text.t5 import TextEncoder, load_text_encoder
 from vidgen.types import Request
 
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
@@ -50,11 +43,7 @@ class WanPipeline:
     _negative: dict[str, TextContext] = field(default_factory=dict, repr=False)
     """Keys and values of the last negative prompt, by digest: one entry."""
 
-    @property
-    def options(self) -> FlowOptions:
-        return FlowOptions(**{f.name: getattr(self.params.scheduler, f.name) for f in fields(FlowOptions)})
-
-    def texts(self, request: Request) -> dict[str, Prompt]:
+    def texts(self, request: Request, media: Conditioning) -> dict[str, Prompt]:
         """The prompt of each branch; a guidance scale of 1 or less has no unconditional one."""
         prompts = {CONDITIONAL: Prompt(request.prompt)}
         if request.guidance_scale > 1:
@@ -63,21 +52,25 @@ class WanPipeline:
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Each prompt's embeddings, in the dtype of the transformer."""
-        encoded = [self.text_encoder.encode(prompt) for prompt in prompts]
-        return [Text(text.digest, text.embedding.to(self.dtypes["transformer"])) for text in encoded]
+        return [self.text_encoder.encode(prompt).to(self.dtypes["transformer"]) for prompt in prompts]
 
     def schedule(self, request: Request) -> Schedule:
         """Noise levels of the request's sampler; an explicit shift, sigmas or timesteps replace the checkpoint's."""
         steps, shift, sigmas = request.num_inference_steps, request.shift, request.sigmas
         if request.sampler == "unipc":
-            return unipc_schedule(self.options, steps, shift, sigmas)
-        return euler_schedule(self.options, steps, shift, sigmas, request.timesteps)
+            return unipc_schedule(self.params.scheduler, steps, shift=shift, sigmas=sigmas)
+        return euler_schedule(self.params.scheduler, steps, shift=shift, sigmas=sigmas, timesteps=request.timesteps)
 
     def sampler(self, request: Request, schedule: Schedule) -> Sampler:
-        return unipc(schedule, self.options) if request.sampler == "unipc" else euler(schedule)
+        return unipc(schedule, self.params.scheduler) if request.sampler == "unipc" else euler(schedule)
 
     def begin(
-        self, requests: Sequence[Request], texts: Mapping[str, Sequence[Text]], schedule: Schedule, draws: Draws
+        self,
+        requests: Sequence[Request],
+        media: Sequence[Conditioning],
+        texts: Mapping[str, Sequence[Text]],
+        schedule: Schedule,
+        draws: Draws,
     ) -> Start:
         """Pure noise [B, C, F, H, W], one draw an item in that shape, and the text's keys and values."""
         request, vae = requests[0], self.params.vae
@@ -111,7 +104,7 @@ class WanPipeline:
         timestep = torch.full((len(x),), schedule.timesteps[i], dtype=torch.float32, device=x.device)
         return self.transformer(x.to(self.dtypes["transformer"]), timestep, conditioning, cp)
 
-    def decode(self, latents: Tensor, request: Request) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, request: Request, draws: Draws) -> Iterator[Tensor]:
         """Latents [1, C, F, H, W] of one item -> its frames as they come, [n, height, width, 3] in [0, 1], fp32."""
         wide = self.vae.denormalise(latents.to(self.dtypes["vae"]))
         for chunk in self.vae.decode_chunks(wide, request.tiling):
@@ -134,5 +127,5 @@ def load(
     keep = WanTransformer3DModel.KEEP_FP32
     load_weights(transformer, folder, "transformer", dtype=dtypes["transformer"], device=device, keep_fp32=keep)
     load_weights(vae, folder, "vae", dtype=dtypes["vae"], device=device)
-    encoder = load_text_encoder(folder, max_tokens=params.text.max_tokens, dtype=dtypes["text_encoder"], device=device)
+    encoder = load_text_encoder(folder, max_tokens=params.text_tokens, dtype=dtypes["text_encoder"], device=device)
     return WanPipeline(params, transformer, vae, encoder, dtypes, device)

@@ -5,27 +5,36 @@ Refuses to know what a tensor is, where a checkpoint lies, and how a plan is sto
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from vidgen.errors import ConfigError
 from vidgen.models.wan.params import COMPONENTS as COMPONENTS
-from vidgen.models.wan.params import DTYPE_BYTES, PUBLISHED, TextParams
+from vidgen.models.wan.params import PUBLISHED
 from vidgen.models.wan.params import Params as Params
 from vidgen.models.wan.params import TransformerParams as TransformerParams
 from vidgen.models.wan.params import VAEParams as VAEParams
 from vidgen.models.wan.params import read as read
 from vidgen.models.wan.params import scheduler_params as scheduler_params
-from vidgen.models.wan.params import text_params as text_params
 from vidgen.models.wan.params import transformer_params as transformer_params
 from vidgen.models.wan.params import vae_params as vae_params
+from vidgen.specs.config import DTYPE_BYTES
+from vidgen.specs.limits import batch_key as shared_batch_key
+from vidgen.specs.limits import (
+    branches,
+    check_task,
+    check_tiling_mode,
+    request_problems,
+    schedule_problems,
+    size_problems,
+    tile_problems,
+)
+from vidgen.specs.t5 import t5_weights
 from vidgen.types import Request
 
 REVISION = 1
-TASKS = ("t2v",)
+TASKS: Mapping[str, Mapping[str, bool]] = {"t2v": {}}
 CHECKPOINT = True
 PIPELINES = ("WanPipeline",)
 PARAMS: Mapping[str, type] = {}
@@ -39,43 +48,24 @@ WHOLE_PICTURE = 1280 * 720
 def defaults(task: str, params: Params) -> dict[str, Any]:
     """The published recipe of Wan 2.1, or what the checkpoint's vidgen.json says; sampler and shift as its scheduler
     has them. Sizes in pixels and frames, fps in frames a second."""
-    if task not in TASKS:
-        raise ConfigError(f"model.task: {task!r} is not a task of wan; allowed: {', '.join(TASKS)}")
+    check_task(task, TASKS, "wan")
     own = {"sampler": params.scheduler.sampler, "shift": params.scheduler.shift, "sigmas": None, "timesteps": None}
     return {**PUBLISHED, **own, "params": {}, **dict(params.recipe)}
 
 
 def problems(request: Request, params: Params, parallel: Mapping[str, Any]) -> list[str]:
     """Each rule the request breaks, as a sentence with the wrong value and the allowed ones; [] if none."""
-    found = []
-    if request.task not in TASKS:
-        found.append(f"task is {request.task!r}; allowed: {', '.join(TASKS)}")
-    for name in ("image", "last_image", "video"):
-        if getattr(request, name) is not None:
-            found.append(f"{name} is given; text-to-video takes none")
-    found += [f"params.{name} is not a parameter of wan; there are none" for name, _ in request.params]
-    if not 0 <= request.seed < 2**48:
-        found.append(f"seed is {request.seed}; allowed: 0 to 2**48 - 1")
-    if not (math.isfinite(request.fps) and request.fps > 0):
-        found.append(f"fps is {request.fps}; allowed: more than 0")
-    if not (math.isfinite(request.guidance_scale) and request.guidance_scale >= 1):
-        found.append(f"guidance_scale is {request.guidance_scale}; allowed: 1 (no guidance) or more")
-    return (
-        found + _size_problems(request, params) + _schedule_problems(request, params) + _tile_problems(request, params)
-    )
+    found = request_problems(request, TASKS, PARAMS) + _size_problems(request, params)
+    found += schedule_problems(request, SAMPLERS, params.scheduler.num_train_timesteps)
+    if request.timesteps is not None and request.sampler == "unipc":
+        found.append("timesteps is given; sampler 'unipc' makes its own from the sigmas, allowed: sampler 'euler'")
+    return found + tile_problems(request, params.vae.spatial_factor)
 
 
 def _size_problems(request: Request, params: Params) -> list[str]:
-    found = []
     patch, limit = params.transformer.patch_size, params.transformer.rope_max_seq_len
-    step = params.vae.temporal_factor * patch[0]
-    first = 1 + params.vae.temporal_factor * (patch[0] - 1)
-    if request.num_frames < first or (request.num_frames - first) % step:
-        found.append(f"num_frames is {request.num_frames}; allowed: {first} + k x {step}")
-    for name, axis in (("height", 1), ("width", 2)):
-        size, multiple = getattr(request, name), params.vae.spatial_factor * patch[axis]
-        if size <= 0 or size % multiple:
-            found.append(f"{name} is {size}; allowed: positive multiples of {multiple}")
+    space, time = params.vae.spatial_factor, params.vae.temporal_factor
+    found = size_problems(request, (space * patch[1], space * patch[2]), (1 + time * (patch[0] - 1), time * patch[0]))
     if found:
         return found
     names = ("num_frames", "height", "width")
@@ -93,39 +83,6 @@ def _largest(params: Params) -> tuple[int, int, int]:
     return 1 + params.vae.temporal_factor * (limit * patch[0] - 1), space * patch[1], space * patch[2]
 
 
-def _schedule_problems(request: Request, params: Params) -> list[str]:
-    found = []
-    steps, train = request.num_inference_steps, params.scheduler.num_train_timesteps
-    if not 1 <= steps <= train:
-        found.append(f"num_inference_steps is {steps}; allowed: 1 to {train}")
-    if request.sampler not in SAMPLERS:
-        found.append(f"sampler is {request.sampler!r}; allowed: {', '.join(SAMPLERS)}")
-    if request.shift is not None and not (math.isfinite(request.shift) and request.shift > 0):
-        found.append(f"shift is {request.shift}; allowed: more than 0")
-    for name, values, top in (("sigmas", request.sigmas, 1), ("timesteps", request.timesteps, train)):
-        if values is None:
-            continue
-        if len(values) != steps:
-            found.append(f"{name} has {len(values)} values; num_inference_steps is {steps}")
-        falling = all(a > b for a, b in pairwise(values))
-        if not falling or any(not 0 < value <= top for value in values):
-            found.append(f"{name} is {list(values)}; allowed: strictly falling values, more than 0, at most {top}")
-    if request.timesteps is not None and request.sampler == "unipc":
-        found.append("timesteps is given; sampler 'unipc' makes its own from the sigmas, allowed: sampler 'euler'")
-    return found
-
-
-def _tile_problems(request: Request, params: Params) -> list[str]:
-    if request.tiling is None:
-        return []
-    factor = params.vae.spatial_factor
-    tile, stride = request.tiling[:2], request.tiling[2:]
-    whole = all(size > 0 and size % factor == 0 for size in request.tiling)
-    if whole and all(a <= b for a, b in zip(stride, tile, strict=True)):
-        return []
-    return [f"tiling is {request.tiling}; allowed: positive multiples of {factor}, stride at most the tile"]
-
-
 def frames_out(request: Request) -> int:
     """Frames of the finished video."""
     return request.num_frames
@@ -134,29 +91,15 @@ def frames_out(request: Request) -> int:
 def tiling(mode: str, request: Request, params: Params) -> tuple[int, int, int, int] | None:
     """Tiles for this shape: `on` those of diffusers wherever a picture is larger than one, `auto` the same above
     1280 x 720 pixels only, `off` none."""
-    if mode not in ("auto", "on", "off"):
-        raise ConfigError(f"engine.vae_tiling: {mode!r} is not a mode; allowed: auto, on, off")
+    check_tiling_mode(mode)
     fits = request.height <= DEFAULT_TILES[0] and request.width <= DEFAULT_TILES[1]
     small = request.height * request.width <= WHOLE_PICTURE
     return None if mode == "off" or fits or (mode == "auto" and small) else DEFAULT_TILES
 
 
 def batch_key(request: Request, params: Params) -> str:
-    """Equal for items that may share a batch: task, shape, tiles, sampler, schedule and guided or not. Prompts are
-    padded to one length and guidance scales are a vector, so neither is part of it."""
-    schedule = repr((request.sigmas, request.timesteps))
-    return ":".join(
-        (
-            request.task,
-            f"{request.height}x{request.width}x{request.num_frames}",
-            f"tiles={request.tiling}",
-            request.sampler,
-            f"steps={request.num_inference_steps}",
-            f"shift={request.shift}",
-            f"schedule={hashlib.sha256(schedule.encode()).hexdigest()[:8]}",
-            f"branches={_branches(request)}",
-        )
-    )
+    """Equal for items that may share a batch. Prompts are padded to one length, so that is not part of it."""
+    return shared_batch_key(request)
 
 
 def tokens(request: Request, params: Params) -> int:
@@ -168,14 +111,14 @@ def flops(request: Request, params: Params) -> float:
     """Operations of all transformer forwards of the item: 2 per multiply-add of matrix products, convolutions and
     attention. Keys and values of the text are made once a prompt, not in a forward, and are not counted."""
     t = params.transformer
-    n, d, text = tokens(request, params), t.width, params.text.max_tokens
+    n, d, text = tokens(request, params), t.width, params.text_tokens
     patch = math.prod(t.patch_size)
     # Four projections of self-attention, two of cross-attention (query, out), two of the feed-forward.
     linear = n * d * (4 * d + 2 * d + 2 * t.ffn_dim)
     attention = 2 * n * d * (n + text)
     time = d * (t.freq_dim + d + 6 * d)
     ends = n * d * patch * (t.in_channels + t.out_channels)
-    return 2.0 * (t.num_layers * (linear + attention) + time + ends) * request.num_inference_steps * _branches(request)
+    return 2.0 * (t.num_layers * (linear + attention) + time + ends) * request.num_inference_steps * branches(request)
 
 
 def weight_bytes(params: Params) -> int:
@@ -184,7 +127,7 @@ def weight_bytes(params: Params) -> int:
     counts = {
         "transformer": transformer_weights(params.transformer),
         "vae": vae_weights(params.vae),
-        "text_encoder": text_weights(params.text),
+        "text_encoder": t5_weights(params.text),
     }
     return sum(count * DTYPE_BYTES[dtypes[name]] for name, count in counts.items())
 
@@ -234,16 +177,9 @@ def vae_weights(v: VAEParams) -> int:
     return total + b + conv(b, v.out_channels, 27)
 
 
-def text_weights(t: TextParams) -> int:
-    """Numbers in the text encoder's weights; its token embedding counts once."""
-    layer = 4 * t.d_model * t.num_heads * t.d_kv + (3 if t.gated else 2) * t.d_model * t.d_ff + 2 * t.d_model
-    bias = t.relative_attention_layers * t.relative_attention_num_buckets * t.num_heads
-    return t.vocab_size * t.d_model + t.num_layers * layer + bias + t.d_model
-
-
 def text_limit(params: Params) -> tuple[str, int]:
     """The tokenizer's component and the most tokens a prompt may have, the closing one included."""
-    return "tokenizer", params.text.max_tokens
+    return "tokenizer", params.text_tokens
 
 
 def _grid(request: Request, params: Params) -> tuple[int, int, int]:
@@ -252,7 +188,3 @@ def _grid(request: Request, params: Params) -> tuple[int, int, int]:
     frames = 1 + (request.num_frames - 1) // vae.temporal_factor
     height, width = request.height // vae.spatial_factor, request.width // vae.spatial_factor
     return frames // patch[0], height // patch[1], width // patch[2]
-
-
-def _branches(request: Request) -> int:
-    return 2 if request.guidance_scale > 1 else 1

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -15,7 +16,8 @@ from tests.models.wan import tiny_checkpoint
 from vidgen import tokens
 from vidgen.checkpoint.folder import open_checkpoint
 from vidgen.errors import CheckpointError
-from vidgen.text import Prompt, Text, TextEncoder, load_text_encoder, padded
+from vidgen.text.prompt import Prompt, Text, padded
+from vidgen.text.t5 import TextEncoder, load_text_encoder
 
 STAGE = 1e-4
 """fp32 on both sides, with padding on one alone."""
@@ -53,13 +55,21 @@ def test_a_prompt_keeps_at_most_its_limit_with_the_closing_token(folder: Path) -
     assert len(encoder.token_ids("cat dog")) == 3
 
 
-def test_prompts_that_clean_alike_have_one_digest() -> None:
-    assert Prompt("a  cat &amp; dog").digest == Prompt(" a cat & dog\n").digest
-    assert Prompt("a cat").digest != Prompt("a dog").digest
+def test_a_digest_tells_text_and_picture_apart() -> None:
+    picture = np.zeros((2, 3, 3), np.uint8)
+    digests = {
+        Prompt("a cat").digest,
+        Prompt("a  cat").digest,
+        Prompt("a cat", picture).digest,
+        Prompt("a cat", picture.reshape(3, 2, 3)).digest,
+        Prompt("a cat", picture + 1).digest,
+    }
+    assert len(digests) == 5
+    assert Prompt("a cat", picture).digest == Prompt("a cat", picture.copy()).digest
 
 
 def test_padding_is_zero_after_the_true_length() -> None:
-    text = Text("", torch.ones(2, 3, dtype=torch.bfloat16))
+    text = Text("", torch.ones(2, 3, dtype=torch.bfloat16), 2)
     result = padded(text, 4)
     assert result.shape == (1, 4, 3)
     assert result.dtype == torch.bfloat16
@@ -97,7 +107,7 @@ def test_a_tokenizer_that_has_only_its_sentencepiece_model_loads_offline(folder:
 def test_a_tokenizer_without_its_files_is_named(folder: Path, tmp_path: Path) -> None:
     place = shutil.copytree(folder, tmp_path / "copy")
     (place / "tokenizer/tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer has neither tokenizer\.json nor spiece\.model"):
+    with pytest.raises(CheckpointError, match="tokenizer has none of spiece"):
         load(place)
 
 

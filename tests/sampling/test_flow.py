@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,17 +10,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from vidgen.sampling import (
-    Draws,
-    FlowOptions,
-    Sampler,
-    Schedule,
-    euler,
-    euler_schedule,
-    guide,
-    unipc,
-    unipc_schedule,
-)
+from vidgen.sampling.flow import dynamic_shift, euler, euler_schedule
+from vidgen.sampling.step import Draws, Sampler, Schedule, guide
+from vidgen.sampling.unipc import unipc, unipc_schedule
+from vidgen.specs.flow import FlowScheduler, flow_scheduler
 
 SHAPE = (2, 3, 2, 4, 4)
 
@@ -42,10 +34,8 @@ def unipc_config(**changes: Any) -> dict[str, Any]:
     return config | changes
 
 
-def options_of(config: dict[str, Any]) -> FlowOptions:
-    values = {key: value for key, value in config.items() if key in {f.name for f in fields(FlowOptions)}}
-    values["disable_corrector"] = tuple(config.get("disable_corrector", ()))
-    return FlowOptions(**values | {"shift": config.get("flow_shift", config.get("shift"))})
+def options_of(config: dict[str, Any]) -> FlowScheduler:
+    return flow_scheduler(config)
 
 
 def euler_config(**changes: Any) -> dict[str, Any]:
@@ -189,16 +179,53 @@ def test_a_perfect_denoiser_is_a_fixed_point_of_every_sampler(order: int) -> Non
 )
 def test_an_option_that_no_solver_here_has_is_named(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=key):
-        FlowOptions(**{key: value})
+        FlowScheduler(**{key: value})
 
 
 def test_bh1_ends_at_sigma_zero_with_finite_latents() -> None:
-    sampler_options = FlowOptions(solver_type="bh1", shift=3.0)
+    sampler_options = FlowScheduler(solver_type="bh1", shift=3.0)
     schedule = unipc_schedule(sampler_options, 6)
     x, history = torch.randn(SHAPE), {}
     for i in range(6):
         x, history = unipc(schedule, sampler_options)(x, model(x, schedule.timesteps[i]), i, history, Draws([0, 1]))
     assert bool(torch.isfinite(x).all())
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("tokens", [200, 1536, 8064])
+@pytest.mark.parametrize("terminal", [None, 0.1])
+def test_dynamic_shifting_follows_the_number_of_tokens(kind: str, tokens: int, terminal: float | None) -> None:
+    config = euler_config(
+        use_dynamic_shifting=True,
+        base_shift=0.95,
+        max_shift=2.05,
+        base_image_seq_len=1024,
+        max_image_seq_len=4096,
+        time_shift_type=kind,
+        shift_terminal=terminal,
+    )
+    reference = FlowMatchEulerDiscreteScheduler.from_config(config)
+    options, sigmas = flow_scheduler(config), np.linspace(1.0, 1 / 7, 7)
+    mu = dynamic_shift(options, tokens)
+    assert mu == pytest.approx(0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024))
+    reference.set_timesteps(sigmas=sigmas, mu=mu)
+    schedule = euler_schedule(options, 7, sigmas=sigmas.tolist(), mu=mu)
+    assert np.allclose(schedule.timesteps, reference.timesteps.numpy(), rtol=1e-6)
+    assert step_by_step(reference, euler(schedule), schedule) < 1e-5
+
+
+def test_the_tail_of_a_schedule_goes_on_where_the_whole_would_be() -> None:
+    schedule = Schedule.flow([900.0, 600.0, 300.0], [0.9, 0.6, 0.3, 0.0])
+    tail = schedule.tail(1)
+    assert tail.timesteps == (600.0, 300.0)
+    assert tail.sigmas == schedule.sigmas[1:] and tail.sigmas_next == schedule.sigmas_next[1:]
+    assert tail.steps == 2
+
+
+def test_the_draws_of_one_item_go_on_where_the_batch_left_them() -> None:
+    batch, alone = Draws([3, 4]), Draws([4])
+    batch.normal((2,)), alone.normal((2,))
+    assert torch.equal(batch.item(1).normal((5,)), alone.normal((5,)))
 
 
 def test_guidance_of_one_is_the_conditional_prediction_and_of_zero_the_unconditional() -> None:

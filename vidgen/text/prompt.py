@@ -1,0 +1,50 @@
+"""A prompt before and after encoding. Refuses to know any encoder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """What one branch of one request is conditioned on, before encoding: text, and where the encoder looks at a
+    picture too, uint8 RGB [H, W, 3]."""
+
+    text: str
+    image: np.ndarray | None = None
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal prompts."""
+        digest = hashlib.sha256(self.text.encode())
+        if self.image is not None:
+            digest.update(f"\0{self.image.shape}\0".encode())
+            digest.update(np.ascontiguousarray(self.image).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """An encoded prompt: `embedding` is [L, D], one row a token, of which the first `tokens` are its own and the rest
+    is padding; `pooled` is one vector [P] for the whole, where a family has one. `digest` is that of its prompt."""
+
+    digest: str
+    embedding: torch.Tensor
+    tokens: int
+    pooled: torch.Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Text:
+        """The same in another dtype."""
+        pooled = None if self.pooled is None else self.pooled.to(dtype)
+        return Text(self.digest, self.embedding.to(dtype), self.tokens, pooled)
+
+
+def padded(text: Text, length: int) -> torch.Tensor:
+    """Embeddings [1, length, D] with zeros after the text's true length."""
+    result = text.embedding.new_zeros(1, length, text.embedding.shape[-1])
+    result[0, : text.tokens] = text.embedding[: text.tokens]
+    return result
