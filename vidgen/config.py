@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 import fsspec
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vidgen.config_rules import field_names, fits, leaves, members, nearest, show, type_name, value_mistakes
 from vidgen.errors import ConfigError
+from vidgen.types import Lora
 
 
 @dataclass
@@ -155,6 +157,18 @@ def from_dict(values: Mapping[str, Any], source: str = "frozen config", override
 def to_dict(config: JobConfig) -> dict[str, Any]:
     """Plain, JSON-ready dictionaries of every key, nulls included."""
     return asdict(config)
+
+
+def loras(config: JobConfig) -> tuple[Lora, ...]:
+    """The adapters of `model.loras`, in their order; what is here is named absolutely, for replicas elsewhere."""
+    return tuple(
+        Lora(
+            str(Path(entry["path"]).absolute()) if Path(entry["path"]).exists() else entry["path"],
+            float(entry.get("weight", 1.0)),
+            entry.get("component"),
+        )
+        for entry in config.model.loras
+    )
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:

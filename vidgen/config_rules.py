@@ -43,7 +43,6 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
 """Keys with a closed list of values."""
 
 AVAILABLE: Mapping[str, tuple[Any, ...]] = {
-    "model.loras": ([],),
     "model.pipeline": (None,),
     "dataset.resize": ("exact",),
     "dataset.media_schemes": (None,),
@@ -111,8 +110,25 @@ def value_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
             yield key, f"{key}: {show(value)} is not a finite number"
+    yield from _lora_mistakes(config)
     yield from _column_mistakes(config)
     yield from _sweep_mistakes(config)
+
+
+def _lora_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
+    for index, entry in enumerate(config.model.loras):
+        key = f"model.loras[{index}]"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str) or not entry["path"]:
+            yield "model.loras", f"{key}: {show(entry)} is not a mapping with a path; its keys: path, weight, component"
+            continue
+        if unknown := sorted(set(entry) - {"path", "weight", "component"}):
+            yield "model.loras", f"{key}.{unknown[0]}: unknown key; its keys: path, weight, component"
+        weight = entry.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            yield "model.loras", f"{key}.weight: {show(weight)} is not a finite number"
+        component = entry.get("component")
+        if component is not None and not isinstance(component, str):
+            yield "model.loras", f"{key}.component: {show(component)} is not the name of a component, nor null"
 
 
 def _column_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:

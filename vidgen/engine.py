@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,11 +21,12 @@ from typing import Any, Protocol
 import torch
 
 from vidgen import family as families
+from vidgen.checkpoint.adapter import open_adapter
 from vidgen.checkpoint.folder import CheckpointFolder, open_checkpoint
 from vidgen.errors import CheckpointError, ConfigError, GenerationError
 from vidgen.family import Spec
 from vidgen.loop import Loop
-from vidgen.types import Hooks, Request, Video
+from vidgen.types import Hooks, ModelSettings, Request, Video
 
 
 class Backend(Protocol):
@@ -84,85 +84,54 @@ class Engine:
         return self.backend.generate(requests, hooks)
 
 
-def load(
-    checkpoint: str = "demo",
-    *,
-    family: str = "auto",
-    task: str = "t2v",
-    revision: str | None = None,
-    dtype: str | None = None,
-    device: str = "auto",
-    offload: str = "none",
-    quantization: str | None = None,
-    compile: str = "auto",
-    attention: str = "auto",
-    threads: int | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    expected_hash: str | None = None,
-) -> Engine:
-    """Loads a checkpoint: `demo`, a folder, a hub id (at `revision`), or any fsspec URL of a folder.
+def load(checkpoint: str = "demo", **settings: Any) -> Engine:
+    """Loads a checkpoint: `demo`, a folder, a hub id, or any fsspec URL of a folder; `settings` are those of
+    `ModelSettings`, and so are the errors of `load_model`."""
+    return load_model(ModelSettings(checkpoint=checkpoint, **settings))
 
-    `family` auto reads model_index.json. `dtype` null is the published one of each component. `device` auto is the GPU
-    if there is one. `threads` are torch's, for the whole process. Remote checkpoints are copied to `cache_dir` (default
-    ~/.cache/vidgen). ConfigError and CheckpointError (of a checkpoint whose hash is not `expected_hash`, too) name the
-    value and the allowed ones; an option that the engine cannot honour is refused.
-    """
-    _refuse(quantization=(quantization, (None,)), compile=(compile, ("auto", "off")))
-    _refuse(attention=(attention, ("auto", "sdpa")))
-    if threads is not None and threads < 1:
-        raise ConfigError(f"engine.threads: {threads}; allowed: auto or at least 1")
-    folder = None
+
+def load_model(settings: ModelSettings) -> Engine:
+    """ConfigError and CheckpointError name the value and the allowed ones; an option that the engine cannot honour is
+    refused."""
+    if settings.threads is not None and settings.threads < 1:
+        raise ConfigError(f"engine.threads: {settings.threads}; allowed: auto or at least 1")
+    family, folder = settings.family, None
     if family == "auto" or families.spec(family).CHECKPOINT:
-        folder = open_checkpoint(checkpoint, revision)
+        folder = open_checkpoint(settings.checkpoint, settings.revision)
         family = families.recognise(folder.configs()["model_index"]) if family == "auto" else family
     spec = families.spec(family)
-    if task not in spec.TASKS:
-        raise ConfigError(f"model.task: {task!r} is not a task of {family}; allowed: {', '.join(spec.TASKS)}")
+    if settings.task not in spec.TASKS:
+        raise ConfigError(f"model.task: {settings.task!r} is not a task of {family}; allowed: {', '.join(spec.TASKS)}")
     if folder is not None:
-        _check(folder, family, spec, expected_hash)
+        _check(folder, family, spec, settings.expected_hash)
+        adapters = [open_adapter(lora.path, lora.weight, lora.component) for lora in settings.loras]
+        folder = folder.with_adapters(adapters, families.adapter_names(family)) if adapters else folder
     params = spec.read(folder.configs() if folder is not None else {})
-    cache_dir = Path(cache_dir or "~/.cache/vidgen").expanduser()
+    spec.defaults(settings.task, params)  # refuses a task that this checkpoint cannot do
+    cache_dir = str(Path(settings.cache_dir or "~/.cache/vidgen").expanduser())
+    settings = replace(settings, family=family, cache_dir=cache_dir)
     backend: Backend
     if importlib.util.find_spec(f"vidgen.models.{family}.backend") is not None:
-        own = importlib.import_module(f"vidgen.models.{family}.backend")
-        backend = own.load(
-            checkpoint=checkpoint,
-            family=family,
-            task=task,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            offload=offload,
-            threads=threads,
-            cache_dir=str(cache_dir),
-            expected_hash=expected_hash,
-        )
+        backend = importlib.import_module(f"vidgen.models.{family}.backend").load(settings)
         gpu = str(getattr(backend, "gpu", ""))
     else:
-        _refuse(offload=(offload, ("none",)))
         assert folder is not None, f"{family} has neither weights nor a backend.py"
-        backend = _native(family, folder.fetched(cache_dir), spec, params, task, dtype, _device(device), threads)
+        backend = _native(folder.fetched(cache_dir), spec, params, settings)
         place = backend.pipeline.device
         gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else ""
     name, digest = (folder.resolved.name, folder.hash()) if folder is not None else ("", "")
-    return Engine(family, task, spec, params, backend, name, digest, gpu)
+    return Engine(family, settings.task, spec, params, backend, name, digest, gpu)
 
 
-def _native(
-    family: str,
-    folder: CheckpointFolder,
-    spec: Spec,
-    params: Any,
-    task: str,
-    dtype: str | None,
-    device: torch.device,
-    threads: int | None,
-) -> Loop:
+def _native(folder: CheckpointFolder, spec: Spec, params: Any, settings: ModelSettings) -> Loop:
     """The native loop over the family's `pipeline.py`."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    pipeline = importlib.import_module(f"vidgen.models.{family}.pipeline")
-    loaded = pipeline.load(folder, params, task=task, dtype=dtype, device=device)
+    _refuse(quantization=(settings.quantization, (None,)), compile=(settings.compile, ("auto", "off")))
+    _refuse(attention=(settings.attention, ("auto", "sdpa")), offload=(settings.offload, ("none",)))
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    pipeline = importlib.import_module(f"vidgen.models.{settings.family}.pipeline")
+    device = _device(settings.device)
+    loaded = pipeline.load(folder, params, task=settings.task, dtype=settings.dtype, device=device)
     return Loop(loaded, lambda request: spec.batch_key(request, params))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 from vidgen.errors import ConfigError
@@ -85,6 +85,15 @@ def spec(name: str) -> Spec:
     if name not in families():
         raise ConfigError(f"model.family: {name!r} is not a family; allowed: auto, {', '.join(families())}")
     return cast(Spec, importlib.import_module(f"vidgen.models.{name}.spec"))
+
+
+def adapter_names(name: str) -> Callable[[str], str | tuple[str, ...] | None] | None:
+    """What a family makes of the module names in other people's LoRA adapters: its `adapters.py`, if it has one."""
+    if importlib.util.find_spec(f"vidgen.models.{name}.adapters") is None:
+        return None
+    found: Callable[[str], str | tuple[str, ...] | None]
+    found = importlib.import_module(f"vidgen.models.{name}.adapters").module_name
+    return found
 
 
 def recognise(model_index: Mapping[str, Any]) -> str:

@@ -167,6 +167,45 @@ class Plan:
     created_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA adapter to fuse: a safetensors file, a folder with one, a place on the hub or any fsspec URL of these; its
+    weight; and the component it is for where its keys do not say (default: transformer)."""
+
+    path: str
+    weight: float = 1.0
+    component: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """What to load and how to run it, as the keys of `model` and `engine` in a configuration name it.
+
+    `checkpoint` is `demo`, a folder, a hub id (at `revision`), or any fsspec URL of a folder. `family` auto reads
+    model_index.json. `dtype` None is the published one of each component. `device` auto is the GPU if there is one.
+    `threads` are torch's, for the whole process. Remote checkpoints are copied to `cache_dir` (default
+    ~/.cache/vidgen); one whose hash is not `expected_hash` is refused. `pipeline` and `options` are the diffusers
+    family's: a class of the library, and what else it is made with, as (name, value).
+    """
+
+    checkpoint: str = "demo"
+    family: str = "auto"
+    task: str = "t2v"
+    revision: str | None = None
+    loras: tuple[Lora, ...] = ()
+    pipeline: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    dtype: str | None = None
+    device: str = "auto"
+    offload: str = "none"
+    quantization: str | None = None
+    compile: str = "auto"
+    attention: str = "auto"
+    threads: int | None = None
+    cache_dir: str | None = None
+    expected_hash: str | None = None
+
+
 @dataclass(slots=True)
 class Hooks:
     """What the engine tells and asks while it works; every default does nothing.

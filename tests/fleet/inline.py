@@ -21,6 +21,7 @@ from vidgen.plan.build import build
 from vidgen.plan.files import read_plan
 from vidgen.store import commits, epochs, state
 from vidgen.store.objects import Objects
+from vidgen.types import ModelSettings
 
 
 class InlineFleet:
@@ -112,16 +113,16 @@ def settings_for(config: configuration.JobConfig, objects: Objects) -> Settings:
         output=objects.root if objects.local else objects.url,
         single_writer=False,
         probe=("epochs/probe", "seen"),
-        family=config.model.family,
-        task=config.model.task,
-        checkpoint=config.model.checkpoint if config.model.family != "testcard" else "",
-        revision=None,
-        checkpoint_hash="",
-        dtype=config.model.dtype,
-        device="cpu",
-        offload="none",
-        threads=1,
-        cache_dir=None,
+        model=ModelSettings(
+            checkpoint=config.model.checkpoint if config.model.family != "testcard" else "",
+            family=config.model.family,
+            task=config.model.task,
+            loras=configuration.loras(config),
+            pipeline=config.model.pipeline,
+            dtype=config.model.dtype,
+            device="cpu",
+            threads=1,
+        ),
         format=config.output.format,
         codec=config.output.codec,
         crf=config.output.crf,

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +23,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from vidgen.checkpoint import adapter
+from vidgen.checkpoint.adapter import Adapter, Delta, Rename
 from vidgen.errors import CheckpointError, InfrastructureError
 
 CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
@@ -52,6 +54,10 @@ class CheckpointFolder:
     root: str
     sizes: dict[str, int] = field(repr=False)
     """Bytes of every file."""
+    adapters: tuple[Adapter, ...] = ()
+    """LoRA adapters that are fused into the weights as they are loaded."""
+    rename: Rename | None = None
+    """What the family makes of the module names of adapters."""
 
     @property
     def local(self) -> Path | None:
@@ -128,6 +134,34 @@ class CheckpointFolder:
             return entries
         return None
 
+    def tensors(self, component: str) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each tensor of a component, from the headers of its safetensors files."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path, size in self.weights(component).items():
+            length = self._header_bytes(path, size)
+            header = json.loads(self.fs.cat_file(f"{self.root}/{path}", 8, 8 + length))
+            header.pop("__metadata__", None)
+            found |= {key: tuple(entry["shape"]) for key, entry in header.items()}
+        return found
+
+    def with_adapters(self, adapters: Sequence[Adapter], rename: Rename | None) -> CheckpointFolder:
+        """This checkpoint with LoRA adapters; CheckpointError names the keys of one that does not fit."""
+        changed = replace(self, adapters=tuple(adapters), rename=rename)
+        assert changed.deltas is not None, "looked at for its errors"
+        return changed
+
+    @cached_property
+    def deltas(self) -> dict[str, dict[str, list[Delta]]]:
+        """Component -> tensor -> what the adapters add to it."""
+        if not self.adapters:
+            return {}
+        tensors = {component: self.tensors(component) for component in self.components}
+        return adapter.assign(self.adapters, tensors, self.rename)
+
+    def adapter_digests(self) -> tuple[tuple[str, float, str], ...]:
+        """(component or "", weight, digest) of each adapter: what pixels depend on, wherever the files lie."""
+        return tuple((a.component or "", a.weight, _adapter_digest(a)) for a in self.adapters)
+
     def hash(self) -> str:
         """Identity of the weights, 64 hexadecimal digits: configs and tokenizer bytes, and of each shard its size, its
         header and 64 blocks of 4 KiB at places that its size and name decide. The same wherever the folder lies."""
@@ -152,12 +186,17 @@ class CheckpointFolder:
         return sorted(self.files(component)) if config.endswith(TOKENIZER) else [config]
 
     def _shard_digest(self, path: str, size: int) -> bytes:
-        where = f"{self.root}/{path}"
+        self._header_bytes(path, size)
+        return _digest(self.fs, f"{self.root}/{path}", path, size)
+
+    def _header_bytes(self, path: str, size: int) -> int:
+        """Length of a safetensors file's header."""
         if size < 8:
             raise CheckpointError(f"{self.resolved.name}: {path} is not a safetensors file: it has {size} bytes")
-        if 8 + int.from_bytes(self.fs.cat_file(where, 0, 8), "little") > size:
+        length = int.from_bytes(self.fs.cat_file(f"{self.root}/{path}", 0, 8), "little")
+        if 8 + length > size:
             raise CheckpointError(f"{self.resolved.name}: {path} is damaged: its header is longer than the file")
-        return _digest(self.fs, where, path, size)
+        return length
 
     def fetch(self, cache_dir: str | os.PathLike[str], components: Collection[str] | None = None) -> Path:
         """A copy of the folder on this node's disk; a local folder is used where it is.
@@ -188,10 +227,12 @@ class CheckpointFolder:
     def fetched(self, cache_dir: str | os.PathLike[str], components: Collection[str] | None = None) -> CheckpointFolder:
         """This checkpoint, under its own name, where `fetch` put it. A whole copy must have the source's hash, so that
         one that went bad on the disk is not used: CheckpointError says which folder to delete."""
+        adapters = tuple(_fetched(a, Path(cache_dir).expanduser().absolute()) for a in self.adapters)
         if self.local is not None:
-            return self
+            return replace(self, adapters=adapters)
         place = self.fetch(cache_dir, components)
-        copy = replace(_open_folder(self.resolved.name, LocalFileSystem(), str(place), ""), resolved=self.resolved)
+        copy = _open_folder(self.resolved.name, LocalFileSystem(), str(place), "")
+        copy = replace(copy, resolved=self.resolved, adapters=adapters, rename=self.rename)
         if components is None and copy.hash() != self.hash():
             raise CheckpointError(f"{self.resolved.name}: the copy in {place} differs from its source; delete it")
         return copy
@@ -310,6 +351,30 @@ def _open_hub(name: str, revision: str) -> CheckpointFolder:
 
 def _is_component(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
+def _fetched(found: Adapter, cache_dir: Path) -> Adapter:
+    """The adapter on this machine's disk."""
+    if isinstance(found.fs, LocalFileSystem):
+        return found
+    place = cache_dir / "adapters" / f"{_adapter_digest(found)[:32]}.safetensors"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(place.with_suffix(".lock")):
+        if not _has(place, found.size):
+            part = place.with_suffix(".part")
+            try:
+                found.fs.get_file(found.place, str(part))
+            except OSError as error:
+                raise InfrastructureError(f"model.loras: {found.path} could not be fetched: {error}") from error
+            if part.stat().st_size != found.size:
+                raise CheckpointError(f"model.loras: {found.path} came with {part.stat().st_size:,} bytes")
+            part.replace(place)
+    return adapter.at(found, str(place))
+
+
+def _adapter_digest(found: Adapter) -> str:
+    """The same wherever the file lies and whatever it is called."""
+    return _digest(found.fs, found.place, "adapter", found.size).hex()
 
 
 def _add(total: Any, path: str, content: bytes) -> None:

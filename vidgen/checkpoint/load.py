@@ -6,7 +6,7 @@ Refuses to know any architecture and to repair anything: a missing, extra or mis
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from vidgen.checkpoint.adapter import Adapter, Delta
 from vidgen.checkpoint.folder import CheckpointFolder
 from vidgen.errors import CheckpointError
 
@@ -67,8 +68,9 @@ def load_weights(
     """Assigns a component's tensors to `module`, built on the meta device with the checkpoint's keys as names.
 
     Floating-point tensors get `dtype`, except those with a part of their key in `keep_fp32`, which get fp32. `tied`
-    maps a key to the one whose tensor it shares; either may be stored. The module comes back in evaluation mode and
-    without gradients. `folder` must be local. CheckpointError names every key that is missing, extra or mis-shaped.
+    maps a key to the one whose tensor it shares; either may be stored. The folder's adapters are fused, in fp32, before
+    the cast. The module comes back in evaluation mode and without gradients. `folder` must be local. CheckpointError
+    names every key that is missing, extra or mis-shaped.
     """
     assert folder.local is not None, "weights are read from a local folder"
     tied = dict(tied or {})
@@ -77,15 +79,38 @@ def load_weights(
         source = {key: _stored_as(key, shards.where, tied) for key in expected}
         _check_keys(folder, component, expected, source, shards, tied)
         read: dict[str, torch.Tensor] = {}
+        deltas = folder.deltas.get(component, {})
         for stored in dict.fromkeys(source.values()):
             assert stored is not None
-            read[stored] = _cast(shards.tensor(stored), stored, dtype, keep_fp32).to(device)
+            tensor = shards.tensor(stored)
+            if stored in deltas:
+                tensor = fused(tensor, deltas[stored], folder.adapters)
+            read[stored] = _cast(tensor, stored, dtype, keep_fp32).to(device)
     module.load_state_dict({key: read[stored] for key, stored in source.items() if stored}, strict=True, assign=True)
     for alias, owner in tied.items():
         _set(module, alias, module.get_parameter(owner))
     left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     assert not left, f"{component}: {left} are computed, not stored, and were left on the meta device"
     return module.eval().requires_grad_(False)
+
+
+def fused(tensor: torch.Tensor, deltas: Sequence[Delta], adapters: Sequence[Adapter]) -> torch.Tensor:
+    """The tensor with what adapters add to it, in fp32: W + sum of scale x up @ down (Hu et al. 2021, section 4.1)."""
+    result = tensor.float()
+    for delta in deltas:
+        with safe_open(adapters[delta.adapter].place, framework="pt", device="cpu") as file:
+            scale = delta.scale
+            if delta.full:
+                added = file.get_tensor(delta.full).float()
+            else:
+                down, up = file.get_tensor(delta.down).float(), file.get_tensor(delta.up).float()
+                if delta.alpha:
+                    scale *= float(file.get_tensor(delta.alpha)) / down.shape[0]
+                added = up.flatten(1) @ down.flatten(1)
+        if delta.rows is not None:
+            added = added[slice(*delta.rows)]
+        result = result + scale * added.reshape(result.shape)
+    return result
 
 
 def _stored_as(key: str, where: Mapping[str, Path], tied: Mapping[str, str]) -> str | None:

@@ -36,8 +36,8 @@ class ReplicaActor:
 
     def __init__(self, name: str, settings: Settings) -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is first imported: spinning starves neighbours
-        if settings.threads:
-            os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+        if settings.model.threads:
+            os.environ["OMP_NUM_THREADS"] = str(settings.model.threads)
         context = ray.get_runtime_context()
         self.worker = Worker(name, context.get_node_id(), settings)
 

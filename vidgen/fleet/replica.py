@@ -28,7 +28,7 @@ from vidgen.report.summary import signature
 from vidgen.store import commits
 from vidgen.store.epochs import start_time
 from vidgen.store.objects import Objects, new_token
-from vidgen.types import Hooks, Record, Request, Video
+from vidgen.types import Hooks, ModelSettings, Record, Request, Video
 
 WRITE_AHEAD = 2
 """Finished videos that may wait for the writer before the engine has to."""
@@ -45,16 +45,7 @@ class Settings:
     output: str
     single_writer: bool
     probe: tuple[str, str]
-    family: str
-    task: str
-    checkpoint: str
-    revision: str | None
-    checkpoint_hash: str
-    dtype: str | None
-    device: str
-    offload: str
-    threads: int | None
-    cache_dir: str | None
+    model: ModelSettings
     format: str
     codec: str
     crf: int
@@ -105,7 +96,7 @@ class Worker:
         self._scratch: Path | None = None
         self._threads: list[threading.Thread] = []
         self._engine: Any = None
-        self._frames_out = family.spec(settings.family).frames_out
+        self._frames_out = family.spec(settings.model.family).frames_out
 
     # ---------------------------------------------------------------- what the driver calls
 
@@ -170,19 +161,7 @@ class Worker:
     def _load(self) -> Any:
         from vidgen import engine
 
-        settings = self.settings
-        loaded = engine.load(
-            settings.checkpoint,
-            family=settings.family,
-            task=settings.task,
-            revision=settings.revision,
-            dtype=settings.dtype,
-            device=settings.device,
-            offload=settings.offload,
-            threads=settings.threads,
-            cache_dir=settings.cache_dir,
-            expected_hash=settings.checkpoint_hash or None,
-        )
+        loaded = engine.load_model(self.settings.model)
         self._gpu = str(getattr(loaded, "gpu", ""))
         return loaded
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from vidgen import family, manifest
-from vidgen.config import JobConfig
+from vidgen.config import JobConfig, loras
 from vidgen.errors import ConfigError, UserError
 from vidgen.fleet import cluster
 from vidgen.fleet.dispatch import Rules
@@ -25,6 +25,7 @@ from vidgen.fleet.replica import Settings
 from vidgen.plan.cost import device_problem
 from vidgen.store import epochs, state
 from vidgen.store.objects import Objects
+from vidgen.types import ModelSettings
 
 GPU_BATCH_TOKENS = 16_384
 """Batching pays below about this many tokens a forward."""
@@ -81,7 +82,8 @@ def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress,
         cluster.connect(options.address, progress.say)
         install()
         settings, resources = _replicas(run, pending, lease)
-        progress.say(f"{resources.replicas} replicas on {settings.device}, {settings.threads or 'all'} threads each")
+        threads = settings.model.threads or "all"
+        progress.say(f"{resources.replicas} replicas on {settings.model.device}, {threads} threads each")
         fleet = cluster.RayFleet(settings, resources, run.config.run.hang_seconds)
         driver = Driver(run.config.name, run.objects, run.plans, held, lease, fleet, progress)
         driver.interrupt = interrupt
@@ -134,16 +136,23 @@ def _settings(run: Run, lease: epochs.Lease, device: str, threads: int | None) -
         output=objects.root if objects.local else objects.url,
         single_writer=config.run.single_writer,
         probe=(probe, token),
-        family=plan.family,
-        task=plan.task,
-        checkpoint=plan.checkpoint,
-        revision=plan.resolved["model"]["revision"],
-        checkpoint_hash=plan.checkpoint_hash,
-        dtype=config.model.dtype,
-        device=device,
-        offload=config.engine.offload,
-        threads=threads,
-        cache_dir=config.model.cache_dir,
+        model=ModelSettings(
+            checkpoint=plan.checkpoint,
+            family=plan.family,
+            task=plan.task,
+            revision=plan.resolved["model"]["revision"],
+            loras=loras(config),
+            pipeline=config.model.pipeline,
+            dtype=config.model.dtype,
+            device=device,
+            offload=config.engine.offload,
+            quantization=config.engine.quantization,
+            compile=str(config.engine.compile),
+            attention=config.engine.attention,
+            threads=threads,
+            cache_dir=config.model.cache_dir,
+            expected_hash=plan.checkpoint_hash or None,
+        ),
         format=config.output.format,
         codec=plan.resolved["output"]["codec"],
         crf=config.output.crf,
@@ -156,7 +165,7 @@ def _rules(run: Run, settings: Settings) -> Rules:
     tokens = config.engine.batch_tokens
     if tokens == "auto":
         exact_anyway = not family.spec(run.plans[-1].family).CHECKPOINT
-        tokens = GPU_BATCH_TOKENS if settings.device == "cuda" or exact_anyway else 0
+        tokens = GPU_BATCH_TOKENS if settings.model.device == "cuda" or exact_anyway else 0
     return Rules(
         max_attempts=config.run.max_attempts,
         breaker_failures=config.run.breaker_failures,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vidgen import family, formats, tokens
+from vidgen.checkpoint.adapter import open_adapter
 from vidgen.checkpoint.folder import CheckpointFolder, open_checkpoint
-from vidgen.config import JobConfig
+from vidgen.config import JobConfig, loras
 from vidgen.errors import ConfigError, UserError
 from vidgen.family import Spec
 
@@ -27,6 +28,8 @@ class Model:
     checkpoint_hash: str
     codec: str
     folder: CheckpointFolder | None
+    loras: tuple[tuple[str, float, str], ...] = ()
+    """Component, weight and digest of each adapter."""
 
     def text_limit(self) -> tuple[tokens.Counter, int] | None:
         """A counter and the most tokens a prompt may have, where the family has such a limit."""
@@ -56,6 +59,11 @@ def resolve(config: JobConfig) -> Model:
         raise ConfigError(
             f"model.task: {config.model.task!r} is not a task of {name}; allowed: {', '.join(spec.TASKS)}"
         )
+    if folder is not None and config.model.loras:
+        adapters = [open_adapter(lora.path, lora.weight, lora.component) for lora in loras(config)]
+        folder = folder.with_adapters(adapters, family.adapter_names(name))
+    elif config.model.loras:
+        raise ConfigError(f"model.loras: {name} has no weights to change")
     return Model(
         family=name,
         spec=spec,
@@ -65,6 +73,7 @@ def resolve(config: JobConfig) -> Model:
         checkpoint_hash=folder.hash() if folder else "",
         codec=_codec(config),
         folder=folder,
+        loras=folder.adapter_digests() if folder else (),
     )
 
 

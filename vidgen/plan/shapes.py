@@ -207,7 +207,7 @@ class Shaper:
                 sigmas=request.sigmas,
                 timesteps=request.timesteps,
                 dtype=config.model.dtype,
-                loras=tuple(config.model.loras),
+                loras=self.model.loras,
                 tiling=request.tiling,
                 codec=(config.output.format, model.codec, config.output.crf),
                 inexact=tuple(sorted(inexact.items())),

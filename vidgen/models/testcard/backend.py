@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vidgen import media
 from vidgen.errors import Cancelled, CapacityError, ItemError
 from vidgen.models.testcard.spec import fails
-from vidgen.types import Hooks, Request, Video
+from vidgen.types import Hooks, ModelSettings, Request, Video
 
 BARS = ((192, 192, 192), (192, 192, 0), (0, 192, 192), (0, 192, 0), (192, 0, 192), (192, 0, 0), (0, 0, 192))
 """Colour bars at 75 %, as RGB."""
@@ -31,19 +31,7 @@ CHUNK = 8
 """Frames drawn at a time."""
 
 
-def load(
-    *,
-    checkpoint: str = "",
-    family: str = "testcard",
-    task: str = "t2v",
-    revision: str | None = None,
-    dtype: str | None = None,
-    device: str = "auto",
-    offload: str = "none",
-    threads: int | str | None = None,
-    cache_dir: str | None = None,
-    expected_hash: str | None = None,
-) -> Backend:
+def load(settings: ModelSettings | None = None) -> Backend:
     """A backend that needs nothing: what concerns weights and devices has no meaning here."""
     return Backend()
 
