@@ -70,7 +70,8 @@ def change(place: Path, position: int) -> None:
 
 def test_configs_hold_each_component_and_the_index_but_no_component_that_is_null(folder: Path) -> None:
     configs = open_checkpoint(str(folder)).configs()
-    assert set(configs) == {"model_index", "transformer", "tokenizer"}
+    assert set(configs) == {"model_index", "transformer", "tokenizer", "stored"}
+    assert configs["stored"] == {"transformer": "float32"}
     assert configs["transformer"] == {"width": 3}
     assert configs["tokenizer"] == {"model_max_length": 512}
     write(folder / "vidgen.json", {"dtype": "float32"})

@@ -139,7 +139,7 @@ def test_the_published_dtype_is_the_stored_one_unless_a_config_names_another(tmp
     folder = checkpoint(tmp_path, state)
     assert published_dtype(folder, "net") == torch.bfloat16
     (tmp_path / "net/config.json").write_text('{"dtype": "float32"}')
-    assert published_dtype(folder, "net") == torch.float32
+    assert published_dtype(open_checkpoint(str(tmp_path)), "net") == torch.float32
     (tmp_path / "vidgen.json").write_text('{"dtype": "bfloat16"}')
     assert published_dtype(open_checkpoint(str(tmp_path)), "net") == torch.bfloat16
     (tmp_path / "vidgen.json").write_text('{"dtype": "int4"}')

@@ -9,9 +9,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +34,8 @@ CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "pre
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER = "tokenizer_config.json"
+STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Names of dtypes in safetensors headers."""
 BLOCKS, BLOCK_BYTES = 64, 4096
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -80,12 +84,29 @@ class CheckpointFolder:
         return tuple(sorted(name for name, value in self._json("model_index.json").items() if _is_component(value)))
 
     def configs(self) -> dict[str, dict[str, Any]]:
-        """Parsed JSON of `model_index`, of each component, and of `vidgen` if the folder has a vidgen.json."""
+        """Parsed JSON of `model_index`, of each component, and of `vidgen` if the folder has a vidgen.json; and `stored`,
+        the dtype that most numbers of each component with weights are stored in."""
+        return {**self._configs, "stored": self._stored}
+
+    @cached_property
+    def _configs(self) -> dict[str, dict[str, Any]]:
         found = {"model_index": self._json("model_index.json")}
         for component in self.components:
             found[component] = self._json(self._config(component))
         if "vidgen.json" in self.sizes:
             found["vidgen"] = self._json("vidgen.json")
+        return found
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        found = {}
+        for component in self.components:
+            counts: Counter[str] = Counter()
+            for dtype, shape in self._headers(component).values():
+                counts[dtype] += math.prod(shape)
+            if counts:
+                most = counts.most_common(1)[0][0]
+                found[component] = STORED.get(most, most)
         return found
 
     def weights(self, component: str) -> dict[str, int]:
@@ -136,12 +157,19 @@ class CheckpointFolder:
 
     def tensors(self, component: str) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor of a component, from the headers of its safetensors files."""
-        found: dict[str, tuple[int, ...]] = {}
+        return {key: shape for key, (_, shape) in self._headers(component).items()}
+
+    def _headers(self, component: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> dtype and shape."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
         for path, size in self.weights(component).items():
             length = self._header_bytes(path, size)
-            header = json.loads(self.fs.cat_file(f"{self.root}/{path}", 8, 8 + length))
-            header.pop("__metadata__", None)
-            found |= {key: tuple(entry["shape"]) for key, entry in header.items()}
+            try:
+                header = json.loads(self.fs.cat_file(f"{self.root}/{path}", 8, 8 + length))
+                header.pop("__metadata__", None)
+                found |= {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{self.resolved.name}: {path} is damaged: its header is not JSON") from error
         return found
 
     def with_adapters(self, adapters: Sequence[Adapter], rename: Rename | None) -> CheckpointFolder:

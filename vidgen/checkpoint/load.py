@@ -5,7 +5,6 @@ Refuses to know any architecture and to repair anything: a missing, extra or mis
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,6 @@ from vidgen.checkpoint.folder import CheckpointFolder
 from vidgen.errors import CheckpointError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SHOWN = 5
 """Keys that one message names; it counts the others."""
 
@@ -40,19 +38,9 @@ def published_dtype(folder: CheckpointFolder, component: str) -> torch.dtype:
     configs = folder.configs()
     own = configs.get(component, {})
     named = configs.get("vidgen", {}).get("dtype") or own.get("dtype") or own.get("torch_dtype")
-    if named:
-        return dtype_named(str(named))
-    stored: Counter[str] = Counter()
-    with _Shards(folder, component) as shards:
-        for key in shards.where:
-            size = 1
-            for length in shards.shape(key):
-                size *= length
-            stored[shards.dtype(key)] += size
-    most = stored.most_common(1)[0][0]
-    if most not in STORED:
-        raise CheckpointError(f"{folder.resolved.name}: {component} is stored as {most}, which is not supported")
-    return STORED[most]
+    if named is None and component not in configs["stored"]:
+        raise CheckpointError(f"{folder.resolved.name}: {component} has no safetensors file")
+    return dtype_named(str(named or configs["stored"][component]))
 
 
 def load_weights(
@@ -204,9 +192,6 @@ class _Shards:
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._open[self.where[key]].get_slice(key).get_shape())
-
-    def dtype(self, key: str) -> str:
-        return str(self._open[self.where[key]].get_slice(key).get_dtype())
 
     def tensor(self, key: str) -> torch.Tensor:
         return self._open[self.where[key]].get_tensor(key)

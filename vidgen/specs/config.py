@@ -74,12 +74,12 @@ def published(
     configs: Mapping[str, Mapping[str, Any]], components: Collection[str], default: str = "float32"
 ) -> tuple[tuple[str, str], ...]:
     """The published dtype of each component with weights: what vidgen.json says for all, else what the component's own
-    config names, else `default`, for diffusers components name none."""
-    own = configs.get("vidgen", {}).get("dtype")
+    config names, else the one it is stored in, else `default`."""
+    own, stored = configs.get("vidgen", {}).get("dtype"), configs.get("stored", {})
     named = []
     for component in components:
         config = configs.get(component, {})
-        dtype = own or config.get("dtype") or config.get("torch_dtype") or default
+        dtype = own or config.get("dtype") or config.get("torch_dtype") or stored.get(component) or default
         if dtype not in DTYPE_BYTES:
             raise CheckpointError(f"{component}: dtype is {dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
         named.append((component, str(dtype)))
