@@ -83,7 +83,8 @@ def load_text_encoder(
         raise CheckpointError(f"{name}: {component} has model_type {config.model_type!r}; allowed: {allowed}")
     with torch.device("meta"):
         model = ENCODERS[config.model_type](config)
-    load_weights(model, folder, component, dtype=dtype, device=device, tied=TIED)
+    keep = ("wo",) if dtype == torch.float16 else ()  # the layer that overflows; transformers loads it so too
+    load_weights(model, folder, component, dtype=dtype, device=device, tied=TIED, keep_fp32=keep)
     loaded = load_tokenizer(folder, tokenizer)
     if padding == "attended" and loaded.pad_token_id is None:
         raise CheckpointError(f"{name}: {tokenizer} has no pad_token; prompts are padded to {max_tokens} tokens")
