@@ -123,7 +123,6 @@ def test_a_wrong_value_is_named_with_what_is_allowed(smallest: str, override: st
         "engine.compile=on",
         "engine.attention=sage",
         "model.pipeline=WanPipeline",
-        "dataset.resize=fit",
         "run.save_every=5",
     ],
 )

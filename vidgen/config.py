@@ -32,6 +32,9 @@ class ModelConfig:
     dtype: str | None = None
     loras: list[Any] = field(default_factory=list)
     pipeline: str | None = None
+    """A class of the diffusers library, for family diffusers; null: the one that model_index.json names."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else a diffusers pipeline is made with: components, scheduler, dtypes, enable, quantization."""
     cache_dir: str | None = None
 
 
@@ -169,6 +172,20 @@ def loras(config: JobConfig) -> tuple[Lora, ...]:
         )
         for entry in config.model.loras
     )
+
+
+def model_options(config: JobConfig) -> tuple[tuple[str, Any], ...]:
+    """`model.options` sorted by name; folders that are here are named absolutely, for replicas elsewhere."""
+    found = dict(config.model.options)
+    if isinstance(components := found.get("components"), Mapping):
+        found["components"] = {name: _absolute(place) for name, place in components.items()}
+    return tuple(sorted(found.items()))
+
+
+def _absolute(place: Any) -> Any:
+    if isinstance(place, Mapping):
+        return {**place, "path": _absolute(place.get("path"))}
+    return str(Path(place).absolute()) if isinstance(place, str) and place and Path(place).exists() else place
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
+import fsspec
+
+from vidgen.types import MEDIA_FIELDS
+
 if TYPE_CHECKING:
     from vidgen.config import JobConfig
 
-MEDIA_FIELDS = ("image", "last_image", "video")
 COLUMN_FIELDS = (
     "prompt",
     "negative_prompt",
@@ -35,6 +38,7 @@ COLUMN_FIELDS = (
 CHOICES: Mapping[str, tuple[Any, ...]] = {
     "model.dtype": (None, "float32", "bfloat16", "float16"),
     "dataset.on_long_prompt": ("truncate", "reject"),
+    "dataset.resize": ("exact", "cover", "contain"),
     "sweep.mode": ("product", "zip"),
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.vae_tiling": ("auto", "on", "off"),
@@ -44,8 +48,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
 
 AVAILABLE: Mapping[str, tuple[Any, ...]] = {
     "model.pipeline": (None,),
-    "dataset.resize": ("exact",),
-    "dataset.media_schemes": (None,),
+    "model.options": ({},),
     "parallel.degree": (None, 1),
     "parallel.context": (None, 1),
     "parallel.ulysses": (None, 1),
@@ -62,6 +65,16 @@ AVAILABLE: Mapping[str, tuple[Any, ...]] = {
     "run.save_every": (None,),
 }
 """Keys that are part of the schema while only these of their values work in this version; another is refused."""
+
+DIFFUSERS: Mapping[str, tuple[Any, ...] | None] = {
+    "model.pipeline": None,
+    "model.options": None,
+    "engine.offload": ("none", "model", "sequential"),
+    "engine.quantization": None,
+    "engine.compile": ("auto", "on", "off"),
+    "engine.attention": None,
+}
+"""What takes the place of AVAILABLE for `model.family: diffusers`; None: whatever the library knows."""
 
 LEAST: Mapping[str, float] = {
     "dataset.limit": 1,
@@ -94,9 +107,12 @@ def value_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
     for key, allowed in CHOICES.items():
         if (value := _value(config, key)) not in allowed:
             yield key, f"{key}: {show(value)} is not allowed; allowed: {', '.join(map(show, allowed))}"
-    for key, allowed in AVAILABLE.items():
-        if (value := _value(config, key)) not in allowed:
-            yield key, f"{key}: {show(value)} is not available in this version; allowed: {_listed(allowed)}"
+    with_diffusers = DIFFUSERS if config.model.family == "diffusers" else {}
+    for key, usual in AVAILABLE.items():
+        possible = with_diffusers.get(key, usual)
+        if possible is not None and (value := _value(config, key)) not in possible:
+            more = "; model.family: diffusers takes more" if key in DIFFUSERS and not with_diffusers else ""
+            yield key, f"{key}: {show(value)} is not available in this version; allowed: {_listed(possible)}{more}"
     for key in ("parallel.replicas", "engine.threads", "engine.batch_tokens"):
         if isinstance(value := _value(config, key), str) and value != "auto":
             yield key, f"{key}: {show(value)} is not allowed; allowed: auto, or a whole number from 1"
@@ -111,6 +127,7 @@ def value_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
         if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
             yield key, f"{key}: {show(value)} is not a finite number"
     yield from _lora_mistakes(config)
+    yield from _scheme_mistakes(config)
     yield from _column_mistakes(config)
     yield from _sweep_mistakes(config)
 
@@ -129,6 +146,13 @@ def _lora_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
         component = entry.get("component")
         if component is not None and not isinstance(component, str):
             yield "model.loras", f"{key}.component: {show(component)} is not the name of a component, nor null"
+
+
+def _scheme_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
+    for scheme in config.dataset.media_schemes or []:
+        if scheme not in (known := fsspec.available_protocols()):
+            key = "dataset.media_schemes"
+            yield key, f"{key}: {show(scheme)} is not a scheme that can be opened{nearest(str(scheme), known)}"
 
 
 def _column_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:

@@ -23,10 +23,12 @@ import torch
 from vidgen import family as families
 from vidgen.checkpoint.adapter import open_adapter
 from vidgen.checkpoint.folder import CheckpointFolder, open_checkpoint
-from vidgen.errors import CheckpointError, ConfigError, GenerationError
+from vidgen.conditioning import inspect
+from vidgen.conditioning.sources import digest_of
+from vidgen.errors import CheckpointError, ConfigError, GenerationError, ItemError
 from vidgen.family import Spec
 from vidgen.loop import Loop
-from vidgen.types import Hooks, ModelSettings, Request, Video
+from vidgen.types import Hooks, Media, ModelSettings, Request, Video
 
 
 class Backend(Protocol):
@@ -50,15 +52,20 @@ class Engine:
     gpu: str
 
     def request(self, prompt: str, **overrides: Any) -> Request:
-        """A request with the family's defaults for what `overrides` (sampling fields, seed, params, tiling) leave out.
+        """A request with the family's defaults for what `overrides` (sampling fields, seed, params, tiling, resize, and
+        image, last_image, video as a path, a URL or bytes) leave out.
 
-        ValueError lists each rule that the request breaks.
+        ValueError lists each rule that the request breaks, or says what is wrong with a medium.
         """
         known = {f.name for f in fields(Request)} - {"task", "prompt"}
         if unknown := sorted(set(overrides) - known):
             raise ValueError(f"unknown: {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
-        values = {"seed": 0, **self.spec.defaults(self.task, self.params), **overrides}
-        values["params"] = tuple(sorted(dict(values.get("params") or {}).items()))
+        defaults = self.spec.defaults(self.task, self.params)
+        values = {"seed": 0, **defaults, **overrides}
+        params = {**(defaults.get("params") or {}), **dict(overrides.get("params") or {})}
+        values["params"] = tuple(sorted(params.items()))
+        for name in ("image", "last_image", "video"):
+            values[name] = _medium(name, values.get(name))
         for name in ("sigmas", "timesteps"):
             values[name] = tuple(values[name]) if values.get(name) is not None else None
         request = Request(task=self.task, prompt=prompt, **values)
@@ -82,6 +89,19 @@ class Engine:
         if isinstance(self.backend, Loop):
             return self.backend.generate(requests, hooks, batch)
         return self.backend.generate(requests, hooks)
+
+
+def _medium(name: str, given: Any) -> Media | None:
+    """What stands for a conditioning medium in a notebook: nothing, a path or URL, bytes, or a Media."""
+    if given is None or isinstance(given, Media):
+        return given
+    if isinstance(given, bytes):
+        return Media("", digest_of(given), given)
+    url = str(given) if "://" in str(given) else str(Path(given).absolute())
+    try:
+        return inspect.at(url, video=name == "video").media
+    except ItemError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def load(checkpoint: str = "demo", **settings: Any) -> Engine:

@@ -29,8 +29,8 @@ class Spec(Protocol):
     """Each task, with the conditioning media it takes (image, last_image, video), true for one it cannot do without."""
     CHECKPOINT: bool
     """False for a family without weights (the test card)."""
-    PIPELINES: tuple[str, ...]
-    """Values of model_index.json's _class_name that belong to this family."""
+    PIPELINES: Mapping[str, tuple[str, ...]]
+    """Values of model_index.json's _class_name that belong to this family, each with the tasks it does in diffusers."""
     COMPONENTS: tuple[str, ...]
     """Folders a checkpoint must have."""
     PARAMS: Mapping[str, type]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from vidgen.types import Request
+from vidgen.types import MEDIA_FIELDS, Request
 
 SEED_BYTES = 6
 """Seeds lie below 2**48."""
@@ -65,7 +65,7 @@ def sample_seed(run_seed: int, row: str, row_seed: int | None, sample: int) -> i
 
 
 def shape_digest(request: Request) -> str:
-    """A hash of the request's values but the prompts and the seed: what rows of one shape share."""
+    """A hash of the request's values but prompts, seed and media: what rows of one shape share."""
     values = {
         "task": request.task,
         "height": request.height,
@@ -75,24 +75,30 @@ def shape_digest(request: Request) -> str:
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": float(request.guidance_scale),
         "params": dict(request.params),
-        "media": {
-            name: media.digest
-            for name in ("image", "last_image", "video")
-            if (media := getattr(request, name)) is not None
-        },
+        "media": {},  # they have a hash of their own; this stands for finished runs, whose names hash it
     }
     return sha256(_canonical(values)).hexdigest()[:32]
 
 
-def request_hash_of(shape: str, seed: int, prompt: str, negative_prompt: str) -> str:
-    """`request_hash` from `shape_digest`; for planners of many rows."""
+def media_digest(digests: Mapping[str, str], resize: str) -> str:
+    """A hash of conditioning media (field -> digest of its bytes) and how they meet the size; "" if there are none."""
+    return sha256(_canonical({"media": digests, "resize": resize})).hexdigest()[:32] if digests else ""
+
+
+def request_hash_of(shape: str, seed: int, prompt: str, negative_prompt: str, media: str = "") -> str:
+    """`request_hash` from `shape_digest` and `media_digest`; for planners of many rows."""
     text = f"{shape}\0{seed}\0{len(negative_prompt)}\0{negative_prompt}{prompt}"
+    if media:
+        text = f"{media}\0{text}"  # 32 digits, then 32 more: nothing without media reads so
     return sha256(text.encode()).hexdigest()[:32]
 
 
 def request_hash(request: Request) -> str:
-    """A hash of the resolved values: prompts, media, the sample's seed, params and sizes."""
-    return request_hash_of(shape_digest(request), request.seed, request.prompt, request.negative_prompt)
+    """A hash of the resolved values: prompts, media (and, where there are any, how they are resized), the sample's
+    seed, params and sizes."""
+    given = {name: media.digest for name in MEDIA_FIELDS if (media := getattr(request, name)) is not None}
+    media = media_digest(given, request.resize)
+    return request_hash_of(shape_digest(request), request.seed, request.prompt, request.negative_prompt, media)
 
 
 def spec_hash(spec: PixelSpec) -> str:

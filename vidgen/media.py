@@ -34,6 +34,23 @@ from vidgen.types import Video
 
 FLAT = 2
 """Widest range of values (of 255) within each channel of a frame that still counts as one flat colour."""
+CONTAINERS = (
+    "mov",
+    "mp4",
+    "m4a",
+    "3gp",
+    "3g2",
+    "mj2",
+    "matroska",
+    "webm",
+    "gif",
+    "avi",
+    "mpegts",
+    "mpeg",
+    "ogg",
+    "flv",
+)
+"""What `read_video` opens, by ffmpeg's names. Playlists and the like are not among them: they name other files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +325,60 @@ def read_frames(path: str | os.PathLike[str]) -> np.ndarray:
     return _raw(path, None)
 
 
+def read_video(path: str | os.PathLike[str], most_frames: int, most_pixels: int) -> Iterator[np.ndarray]:
+    """Frames of a video file of anyone's making, one by one: uint8 RGB [H, W, 3], upright (the display matrix is
+    applied), transparency over white, as they are stored: whatever the frame rate, none is dropped or repeated.
+
+    At most `most_frames`; then ffmpeg is stopped, and what follows is not looked at. ItemError for a file that holds no
+    video of CONTAINERS, is cut or damaged, or has frames of more than `most_pixels` (nothing of those is allocated) or
+    of different sizes.
+    """
+    _check_readable(path)
+    limits = ["-max_pixels", str(most_pixels), "-format_whitelist", ",".join(CONTAINERS), "-protocol_whitelist", "file"]
+    exact = "scale=flags=bicubic+accurate_rnd+full_chroma_int+bitexact,format=rgba"
+    output = ["-vf", exact, "-frames:v", str(most_frames), "-f", "image2pipe", "-c:v", "pam", "pipe:1"]
+    source = ["-i", f"file:{os.path.abspath(path)}", "-map", "0:V:0", "-fps_mode", "passthrough"]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [_ffmpeg(), *_STRICT, *limits, *source, *output],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        size = None
+        try:
+            while (frame := _pam(process.stdout)) is not None:
+                size = frame.shape[:2]
+                yield over_white(frame)
+            status = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        errors.seek(0)
+        log = errors.read().decode(errors="replace")
+    if "exceeds specified max pixel count" in log:
+        raise ItemError(f"{path}: frames of more than {most_pixels:,} pixels")
+    if "matches no streams" in log:
+        raise ItemError(f"{path}: holds no video stream")
+    if status != 0 or size is None:
+        raise _failure(f"{path} could not be decoded", status, log)
+    # ffmpeg scales what follows a change of size to the size before it; a turned video is reported as it lies.
+    later = {(int(h), int(w)) for w, h in re.findall(r"video parameters changed to .*?, (\d+)x(\d+)", log)}
+    if others := later - {size, size[::-1]}:
+        raise ItemError(f"{path}: frames of different sizes: {sorted({size, *others})} (height, width)")
+
+
+def over_white(pixels: np.ndarray) -> np.ndarray:
+    """uint8 RGBA [..., 4], alpha not premultiplied, over white: uint8 RGB [..., 3]."""
+    alpha = pixels[..., 3:].astype(np.uint16)
+    if alpha.min(initial=255) == 255:
+        return np.ascontiguousarray(pixels[..., :3])
+    return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
 def poster(path: str | os.PathLike[str], width: int = 480) -> bytes:
     """A JPEG of the middle frame, at most `width` pixels wide; ItemError if it cannot be decoded."""
     if zipfile.is_zipfile(path):
@@ -334,8 +405,14 @@ def _raw(path: str | os.PathLike[str], scale: str | None) -> np.ndarray:
     return frames
 
 
-def _decode(path: str | os.PathLike[str], output: list[str]) -> subprocess.CompletedProcess[bytes]:
-    """Runs ffmpeg over every frame of the first video stream; any damage is an error, frames are never invented."""
+_STRICT = (
+    *("-hide_banner", "-loglevel", "level+info", "-nostdin", "-nostats"),
+    *("-xerror", "-err_detect", "explode", "-threads", "1"),
+)
+
+
+def _check_readable(path: str | os.PathLike[str]) -> None:
+    """ItemError for a file that is not there, or is cut where ffmpeg would not notice."""
     if not Path(path).is_file():
         raise ItemError(f"{path}: there is no such file")
     with open(path, "rb") as file:
@@ -343,21 +420,29 @@ def _decode(path: str | os.PathLike[str], output: list[str]) -> subprocess.Compl
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b";":
                 raise ItemError(f"{path}: a gif without its closing byte: it was cut")
-    strict = [
-        "-hide_banner",
-        "-loglevel",
-        "level+info",
-        "-nostdin",
-        "-nostats",
-        "-xerror",
-        "-err_detect",
-        "explode",
-        "-threads",
-        "1",
-    ]
+
+
+def _pam(stream: IO[bytes]) -> np.ndarray | None:
+    """The next frame of a stream of RGBA pictures in the PAM format, [H, W, 4]; None at its end."""
+    fields: dict[bytes, bytes] = {}
+    while (line := stream.readline().rstrip()) != b"ENDHDR":
+        if not line:
+            return None
+        name, _, value = line.partition(b" ")
+        fields[name] = value
+    height, width = int(fields[b"HEIGHT"]), int(fields[b"WIDTH"])
+    data = stream.read(height * width * 4)
+    if len(data) != height * width * 4:  # ffmpeg died in the middle of a frame; its exit status says why
+        return None
+    return np.frombuffer(data, np.uint8).reshape(height, width, 4)
+
+
+def _decode(path: str | os.PathLike[str], output: list[str]) -> subprocess.CompletedProcess[bytes]:
+    """Runs ffmpeg over every frame of the first video stream; any damage is an error, frames are never invented."""
+    _check_readable(path)
     target = "-" if output[-1] == "null" else "pipe:1"
     done = subprocess.run(
-        [_ffmpeg(), *strict, "-i", str(path), "-map", "0:v:0", "-fps_mode", "passthrough", *output, target],
+        [_ffmpeg(), *_STRICT, "-i", str(path), "-map", "0:v:0", "-fps_mode", "passthrough", *output, target],
         capture_output=True,
         start_new_session=True,
     )

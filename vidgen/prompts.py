@@ -8,6 +8,7 @@ naming file and column. Refuses to know what a cell means: `vidgen.plan.rows` do
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 from fsspec.implementations.local import LocalFileSystem
 
+from vidgen.conditioning.cells import BUFFER_BYTES, batch_rows, storage
+from vidgen.conditioning.limits import CELL_BATCH_BYTES, CELL_BATCH_ROWS
 from vidgen.config_rules import nearest
 from vidgen.errors import PlanError
 
@@ -35,11 +38,12 @@ _ROW = "\0row"
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One Parquet file: its name as messages and the manifest show it, where the filesystem has it, the values of
-    its partition columns, its rows, its own columns, and a digest of its footer (which names every chunk and its
-    size)."""
+    """One Parquet file: its name as messages and the manifest show it, the URL (or absolute local path) that opens it
+    from anywhere, where the filesystem has it, the values of its partition columns, its rows, its own columns, and a
+    digest of its footer (which names every chunk and its size)."""
 
     name: str
+    url: str
     path: str
     partitions: tuple[tuple[str, str | None], ...]
     rows: int
@@ -49,9 +53,11 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Files in reading order and the columns they have together, dictionaries decoded, partition columns last."""
+    """Files in reading order and the columns they have together, dictionaries decoded, partition columns last. `folder`
+    is what relative paths in cells are relative to: a URL, or an absolute local path, that ends with a slash."""
 
     path: str
+    folder: str
     fs: Any
     files: tuple[SourceFile, ...]
     schema: pa.Schema
@@ -68,9 +74,11 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Some rows of one file. `row` is each one's number in the file and `index` in the whole dataset, both from 0."""
+    """Some rows of one file, by its name and its URL. `row` is each one's number in the file and `index` in the whole
+    dataset, both from 0."""
 
     file: str
+    url: str
     row: np.ndarray
     index: np.ndarray
     data: pa.RecordBatch
@@ -78,15 +86,16 @@ class Rows:
 
 def open_dataset(path: str) -> Dataset:
     """Finds the files and reads their footers; PlanError if there are none or one is not Parquet."""
-    fs, found = _find(path)
+    fs, folder, found = _find(path)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda file: _footer(fs, *file), ((name, where) for name, where, _ in found)))
     known: dict[str, pa.Schema] = {}
     files = []
     for (name, where, partitions), (rows, schema, footer) in zip(found, footers, strict=True):
         schema = known.setdefault(str(schema), schema)
-        files.append(SourceFile(name, where, partitions, rows, schema, footer))
-    return Dataset(path, fs, tuple(files), _unify(files))
+        url = os.path.abspath(where) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(where))
+        files.append(SourceFile(name, url, where, partitions, rows, schema, footer))
+    return Dataset(path, folder, fs, tuple(files), _unify(files))
 
 
 def require(dataset: Dataset, column: str, key: str, allowed: str, fits: Callable[[pa.DataType], bool]) -> None:
@@ -118,7 +127,7 @@ def read(dataset: Dataset, columns: Sequence[str]) -> Iterator[Rows]:
         done = 0
         for batch in _batches(dataset, file, own):
             row = np.arange(done, done + batch.num_rows, dtype=np.int64)
-            yield Rows(file.name, row, row + start, _conform(batch, file, schema))
+            yield Rows(file.name, file.url, row, row + start, _conform(batch, file, schema))
             done += batch.num_rows
         start += file.rows
 
@@ -139,12 +148,22 @@ def select(
             data, row, index = data.slice(0, left), row[:left], index[:left]
             left -= len(row)
         if len(row):
-            yield Rows(rows.file, row, index, data.select(list(dict.fromkeys(keep))))
+            yield Rows(rows.file, rows.url, row, index, data.select(list(dict.fromkeys(keep))))
 
 
 def count_chosen(rows: Rows, condition: pc.Expression | None) -> int:
     """How many rows of a batch `condition` selects."""
     return len(rows.row) if condition is None else len(_chosen(rows, condition))
+
+
+def holds_binary(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds bytes, at any depth."""
+    kind = storage(kind)
+    if pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_fixed_size_binary(kind) or pt.is_binary_view(kind):
+        return True
+    if pt.is_dictionary(kind):
+        return holds_binary(kind.value_type)
+    return any(holds_binary(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def texts(column: pa.Array) -> tuple[list[str | None], list[int]]:
@@ -177,14 +196,17 @@ def _chosen(rows: Rows, condition: pc.Expression) -> np.ndarray:
 _Found = tuple[str, str, tuple[tuple[str, str | None], ...]]
 
 
-def _find(path: str) -> tuple[Any, list[_Found]]:
-    """The filesystem, and (shown name, path, partitions) of each file, by name."""
+def _find(path: str) -> tuple[Any, str, list[_Found]]:
+    """The filesystem, the dataset's folder, and (shown name, path, partitions) of each file, by name."""
     try:
         fs, root = fsspec.core.url_to_fs(path)
         shown = _shown_by(fs, path)
+        place = root if isinstance(fs, LocalFileSystem) else path
+        folder = place[: place.rfind("/", 0, re.search(r"[*?[]|$", place).start()) + 1]  # type: ignore[union-attr]
         if fs.isfile(root):
-            return fs, [(shown(root), root, ())]
+            return fs, folder, [(shown(root), root, ())]
         if fs.isdir(root):
+            folder = f"{place.rstrip('/')}/"
             names = [name for name in fs.find(root) if _is_data(name, root)]
             below = root
         elif any(mark in path for mark in "*?["):
@@ -199,7 +221,7 @@ def _find(path: str) -> tuple[Any, list[_Found]]:
             raise PlanError(f"dataset.path: the folder {path!r} has no files ending in {', '.join(SUFFIXES)}")
         beside = f" (relative to {os.getcwd()})" if isinstance(fs, LocalFileSystem) and not os.path.isabs(path) else ""
         raise PlanError(f"dataset.path: {path!r} names no file{beside}")
-    return fs, [(shown(name), name, _partitions(name[len(below) :])) for name in sorted(names)]
+    return fs, folder, [(shown(name), name, _partitions(name[len(below) :])) for name in sorted(names)]
 
 
 def _shown_by(fs: Any, path: str) -> Callable[[str], str]:
@@ -245,13 +267,17 @@ def _footer(fs: Any, name: str, path: str) -> tuple[int, pa.Schema, bytes]:
 
 
 def _batches(dataset: Dataset, file: SourceFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Batches of a file; where none of its own columns are wanted, batches of no columns but the right length."""
+    """Batches of a file, of few rows where the columns hold bytes; where none of its own columns are wanted, batches of
+    no columns but the right length."""
+    wanted = columns or file.schema.names[:1]
+    binary = any(holds_binary(file.schema.field(name).type) for name in wanted)
+    sparing: dict[str, Any] = {"buffer_size": BUFFER_BYTES, "pre_buffer": False} if binary else {}
     try:
-        with dataset.fs.open(file.path, "rb") as handle, pq.ParquetFile(handle) as parquet:
+        with dataset.fs.open(file.path, "rb") as handle, pq.ParquetFile(handle, **sparing) as parquet:
             if parquet.metadata.num_rows != file.rows:
                 raise PlanError(f"{file.name}: changed while it was being read")
-            wanted = columns or file.schema.names[:1]
-            yield from parquet.iter_batches(batch_size=BATCH_ROWS, columns=wanted)
+            rows = batch_rows(parquet.metadata, wanted, CELL_BATCH_BYTES, CELL_BATCH_ROWS) if binary else BATCH_ROWS
+            yield from parquet.iter_batches(batch_size=rows, columns=wanted)
     except (pa.ArrowException, OSError, EOFError) as error:
         raise _unreadable(file.name, error) from error
 

@@ -19,14 +19,17 @@ MANIFEST_COLUMNS = (
     *("created_at", "vidgen_version", "origin_file", "origin_row"),
 )
 """Manifest columns in their order; the carried input columns follow."""
+MEDIA_FIELDS = ("image", "last_image", "video")
+"""Request fields that hold conditioning media."""
 
 
 @dataclass(frozen=True, slots=True)
 class Media:
     """A conditioning image or video: where it is and what its bytes hash to.
 
-    `url` is an fsspec URL, or "" when `data` holds the bytes themselves. `digest` is the sha256 of local bytes,
-    or a hash of (path, size, etag) for remote ones.
+    `url` is an fsspec URL, an absolute local path, or the place of a Parquet cell (`vidgen.conditioning.places`); ""
+    when `data` holds the bytes themselves. `digest` is the sha256 of local bytes, or a hash of (path, size, etag) for
+    remote ones; "" for one that no plan has seen, which is then not compared.
     """
 
     url: str
@@ -40,7 +43,8 @@ class Request:
 
     Sizes in pixels and frames, `fps` in frames per second, `seed` below 2**48. `sigmas` and `timesteps` are explicit
     schedules or None. `params` holds what one family alone knows, sorted by name. `tiling` is the VAE tiling that the
-    plan resolved for this shape: (tile height, tile width, stride height, stride width) in pixels, or None.
+    plan resolved for this shape: (tile height, tile width, stride height, stride width) in pixels, or None. `resize` is
+    how conditioning media meet height x width: exact, cover or contain.
     """
 
     task: str
@@ -62,6 +66,7 @@ class Request:
     image: Media | None = None
     last_image: Media | None = None
     video: Media | None = None
+    resize: str = "exact"
 
     def param(self, name: str, default: Scalar = None) -> Scalar:
         """Value of the family parameter `name`, or `default`."""

@@ -17,13 +17,14 @@ class Case:
     """A tiny random checkpoint and a request that it can do.
 
     `write` puts the checkpoint into a folder, in the Diffusers layout. `sampling` overrides the family's defaults.
-    `causal`: no frame depends on a later latent frame. `pipeline` is the diffusers class that is the oracle, where it
-    is not the one that model_index.json names.
+    `media` are given beside those that the task cannot do without. `causal`: no frame depends on a later latent frame.
+    `pipeline` is the diffusers class that is the oracle, where it is not the one that model_index.json names.
     """
 
     task: str
     write: Callable[[Path], None]
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    media: tuple[str, ...] = ()
     causal: bool = True
     pipeline: str | None = None
 

@@ -231,7 +231,7 @@ def test_a_dataset_that_cannot_be_planned_stops_with_the_reason(
         ({"sweep": {"over": {"height": [64, 5000]}}}, r'sweep variant {"height": 5000}: height is 5000'),
         ({"sampling": {"height": 65}}, "sampling: size 65x64.*even"),
         ({"model": {"family": "nosuch"}}, "model.family: 'nosuch' is not a family"),
-        ({"model": {"task": "i2v"}}, "model.task: 'i2v' is not a task of testcard; allowed: t2v"),
+        ({"model": {"task": "s2v"}}, "model.task: 's2v' is not a task of testcard; allowed: t2v, i2v, v2v"),
         ({"output": {"codec": "av1"}}, "output.codec: 'av1' does not go into mp4"),
         ({"output": {"crf": 99}}, "output.crf: 99 is not allowed; libx264 takes"),
     ],

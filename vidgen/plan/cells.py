@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as pt
@@ -18,12 +20,31 @@ Faults = dict[int, list[str]]
 """Reasons by position in the batch."""
 
 
+MEDIA_WORDS = "text (a path or URL), bytes, or a struct of bytes and path"
+"""The types a media column may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaCell:
+    """A path or URL as written, or the bytes themselves and their sha256."""
+
+    path: str
+    data: bytes | None = None
+    digest: str = ""
+
+    @property
+    def key(self) -> str:
+        """What tells one row from another."""
+        return self.path or f"sha256:{self.digest}"
+
+
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """The mapped cells of a batch, a list a field, and what is wrong with them."""
+    """The mapped cells of a batch, a list a field, and what is wrong with them; media apart from the other values."""
 
     values: Mapping[str, list]
     faults: Faults
+    media: Mapping[str, list[MediaCell | None]]
 
 
 def fits(kind: type) -> tuple[Callable[[pa.DataType], bool], str]:
@@ -39,6 +60,24 @@ def fits(kind: type) -> tuple[Callable[[pa.DataType], bool], str]:
 
 def fits_id(kind: pa.DataType) -> bool:
     return bool(pt.is_string(kind) or pt.is_integer(kind))
+
+
+def fits_media(kind: pa.DataType) -> bool:
+    if pt.is_struct(kind):
+        parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        whole = "bytes" in parts and _is_bytes(parts["bytes"])
+        return whole and ("path" not in parts or _is_text(parts["path"]) or pt.is_null(parts["path"]))
+    return _is_text(kind) or _is_bytes(kind)
+
+
+def media(column: pa.Array, label: str, faults: Faults) -> list[MediaCell | None]:
+    """Media cells or None; of a struct the bytes, else its path. An empty path, and no bytes at all, are an empty
+    cell."""
+    if pt.is_struct(column.type):
+        return [_of_struct(cell) for cell in column.to_pylist()]
+    if _is_bytes(column.type):
+        return [_of_bytes(data) for data in column.to_pylist()]
+    return [MediaCell(path) if path else None for path in strings(column, label, faults)]
 
 
 def values(column: pa.Array, kind: type, label: str, faults: Faults) -> list:
@@ -61,6 +100,27 @@ def strings(column: pa.Array, label: str, faults: Faults) -> list[str | None]:
     for position in broken:
         faults.setdefault(position, []).append(f"{label} is not valid UTF-8")
     return found
+
+
+def _of_struct(cell: Mapping[str, Any] | None) -> MediaCell | None:
+    if cell is None:
+        return None
+    if not cell["bytes"] and (path := cell.get("path")):
+        return MediaCell(path)
+    return _of_bytes(cell["bytes"])
+
+
+def _of_bytes(data: bytes | None) -> MediaCell | None:
+    return MediaCell("", data, sha256(data).hexdigest()) if data else None
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    tests = (pt.is_binary, pt.is_large_binary, pt.is_fixed_size_binary, pt.is_binary_view, pt.is_null)
+    return any(test(kind) for test in tests)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pt.is_string(kind) or pt.is_large_string(kind))
 
 
 def _number(cell: int | float | None, kind: type, label: str, faults: Faults, position: int) -> int | float | None:

@@ -7,27 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import pyarrow as pa
-import pyarrow.types as pt
-
 from vidgen import prompts
 from vidgen.config import JobConfig
-from vidgen.config_rules import COLUMN_FIELDS, MEDIA_FIELDS, nearest
+from vidgen.config_rules import COLUMN_FIELDS, nearest
 from vidgen.errors import ConfigError, PlanError
 from vidgen.plan import cells
 from vidgen.plan.files import ITEM_SCHEMA, REJECTED_SCHEMA
 from vidgen.prompts import Dataset
-from vidgen.types import MANIFEST_COLUMNS
+from vidgen.types import MANIFEST_COLUMNS, MEDIA_FIELDS
 
 
-def refuse_media(config: JobConfig, family: str) -> None:
-    """No task of this version takes images or videos; a mapping of one is a ConfigError."""
+def check_media(config: JobConfig, family: str, takes: Mapping[str, bool]) -> None:
+    """A medium that the task cannot do without must be mapped, and one that it does not take must not; `takes` maps
+    media fields to whether they are required. ConfigError names field, column and task."""
+    task, columns = config.model.task, config.dataset.columns
     for name in MEDIA_FIELDS:
-        if (column := config.dataset.columns.get(name)) is not None:
+        if (column := columns.get(name)) is not None and name not in takes:
             raise ConfigError(
-                f"dataset.columns.{name}: {column!r} is mapped, but task {config.model.task} of {family} takes no "
-                f"{name}; remove the mapping"
+                f"dataset.columns.{name}: {column!r} is mapped, but task {task} of {family} takes no {name}; "
+                f"remove the mapping"
             )
+        if column is None and takes.get(name, False):
+            raise ConfigError(f"dataset.columns: task {task} of {family} needs {name}; map the column that holds it")
 
 
 def mapped(config: JobConfig) -> list[str]:
@@ -39,7 +40,7 @@ def mapped(config: JobConfig) -> list[str]:
 def check(config: JobConfig, dataset: Dataset, types: Mapping[str, type]) -> None:
     """Every mapped column is in every file, in a type its field takes; PlanError names file, column and rule."""
     for name, column in config.dataset.columns.items():
-        fits, words = cells.fits(types[name])
+        fits, words = (cells.fits_media, cells.MEDIA_WORDS) if name in MEDIA_FIELDS else cells.fits(types[name])
         prompts.require(dataset, column, f"dataset.columns.{name}", words, fits)
     if (column := config.dataset.id_column) is not None:
         prompts.require(dataset, column, "dataset.id_column", "text, whole numbers", cells.fits_id)
@@ -52,11 +53,11 @@ def carried(config: JobConfig, dataset: Dataset) -> dict[str, str]:
     for name in wanted or []:
         if name not in schema.names:
             raise PlanError(f"{dataset.path}: no column {name!r} (dataset.carry){nearest(name, schema.names)}")
-        if _holds_binary(schema.field(name).type):
+        if prompts.holds_binary(schema.field(name).type):
             raise PlanError(f"{dataset.path}: column {name!r} (dataset.carry) is binary, which is not carried")
     if wanted is None:
         meant = mapped(config)
-        wanted = [f.name for f in schema if f.name not in meant and not _holds_binary(f.type)]
+        wanted = [f.name for f in schema if f.name not in meant and not prompts.holds_binary(f.type)]
     taken = {*MANIFEST_COLUMNS, *ITEM_SCHEMA.names, *REJECTED_SCHEMA.names}
     names: dict[str, str] = {}
     for name in dict.fromkeys(wanted):
@@ -75,9 +76,3 @@ def unmapped(config: JobConfig, names: Mapping[str, str]) -> list[str]:
         for name in names
         if name in COLUMN_FIELDS and name not in config.dataset.columns
     ]
-
-
-def _holds_binary(kind: pa.DataType) -> bool:
-    if pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_fixed_size_binary(kind) or pt.is_binary_view(kind):
-        return True
-    return any(_holds_binary(kind.field(i).type) for i in range(kind.num_fields))

@@ -57,7 +57,7 @@ def _halves(item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
 def only_new(block: Block, rows: Rows, earlier: Earlier) -> Block:
     """The block without what earlier plans hold."""
     keep = np.flatnonzero(~earlier.has(block.item_id)).tolist()
-    fresh = Block(truncated=block.truncated, truncated_tokens=block.truncated_tokens)
+    fresh = Block(block.media, truncated=block.truncated, truncated_tokens=block.truncated_tokens)
     for name in ("position", "sample", "shape", "seed", "row_id", "item_id", "request_hash"):
         setattr(fresh, name, [getattr(block, name)[i] for i in keep])
     for name in ("prompt", "negative_prompt", "priority"):

@@ -20,10 +20,11 @@ from vidgen.config import JobConfig, to_dict
 from vidgen.errors import ConfigError, PlanError
 from vidgen.family import spec as family_spec
 from vidgen.plan.frozen import frozen_differences
-from vidgen.types import Item, Part, Plan, Request
+from vidgen.types import MEDIA_FIELDS, Item, Media, Part, Plan, Request
 
 PART_ITEMS = 32_768
 PLAN_JSON = "PLAN.json"
+MEDIA_TYPE = pa.struct([("url", pa.string()), ("digest", pa.string())])
 ITEM_SCHEMA = pa.schema(
     [
         ("ordinal", pa.int64()),
@@ -33,6 +34,9 @@ ITEM_SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("negative_prompt", pa.string()),
         ("seed", pa.int64()),
+        ("image", MEDIA_TYPE),
+        ("last_image", MEDIA_TYPE),
+        ("video", MEDIA_TYPE),
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("num_frames", pa.int32()),
@@ -45,6 +49,7 @@ ITEM_SCHEMA = pa.schema(
         ("timesteps", pa.string()),
         ("tiling", pa.string()),
         ("params", pa.string()),
+        ("resize", pa.string()),
         ("request_hash", pa.string()),
         ("spec_hash", pa.string()),
         ("batch_key", pa.string()),
@@ -55,7 +60,8 @@ ITEM_SCHEMA = pa.schema(
         ("origin_row", pa.int64()),
     ]
 )
-"""Columns of a part, before the carried ones; sigmas, timesteps, tiling and params are JSON (null: none)."""
+"""Columns of a part, before the carried ones; sigmas, timesteps, tiling and params are JSON (null: none).
+Conditioning media are places and digests, never bytes."""
 REJECTED_SCHEMA = pa.schema(
     [
         ("origin_file", pa.string()),
@@ -124,10 +130,20 @@ def rejected_table(objects: Objects, part: Part) -> pa.Table:
 
 def read_items(objects: Objects, plan: Plan, part: Part) -> Iterator[Item]:
     """The items of one part of `plan`, by ordinal."""
-    table = part_table(objects, part).select(ITEM_SCHEMA.names)
+    table = part_table(objects, part)
+    for name in (*MEDIA_FIELDS, "resize"):
+        if name not in table.schema.names:  # planned before there were media
+            column = pa.nulls(table.num_rows, MEDIA_TYPE) if name != "resize" else pa.array(["exact"] * table.num_rows)
+            table = table.append_column(name, column)
+    table = table.select(ITEM_SCHEMA.names)
     shapes: dict[tuple[Any, ...], dict[str, Any]] = {}
     for batch in table.to_batches(max_chunksize=4096):
-        columns = [batch.column(name).to_pylist() for name in ITEM_SCHEMA.names]
+        columns = [
+            [None] * batch.num_rows
+            if batch.column(name).null_count == batch.num_rows
+            else batch.column(name).to_pylist()
+            for name in ITEM_SCHEMA.names
+        ]
         for values in zip(*columns, strict=True):
             yield _item(values, plan.task, shapes)
 
@@ -176,7 +192,9 @@ def _item(values: tuple[Any, ...], task: str, shapes: dict[tuple[Any, ...], dict
     shape = shapes.get(key)
     if shape is None:
         shape = shapes[key] = _shape_fields(dict(zip(ITEM_SCHEMA.names[_FIRST_SHAPE:_AFTER_SHAPE], key, strict=True)))
-    ordinal, item_id, row_id, sample, prompt, negative, seed = values[:_FIRST_SHAPE]
+    ordinal, item_id, row_id, sample, prompt, negative, seed, *media = values[:_FIRST_SHAPE]
+    if any(media):
+        shape = {**shape, **{name: Media(**m) for name, m in zip(MEDIA_FIELDS, media, strict=True) if m is not None}}
     request = Request(task=task, prompt=prompt, negative_prompt=negative, seed=seed, **shape)
     return Item(ordinal, item_id, row_id, sample, request, *values[_AFTER_SHAPE:])
 

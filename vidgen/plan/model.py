@@ -5,13 +5,15 @@ Reads configs only, never weights. Refuses to know rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+import importlib.util
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vidgen import family, formats, tokens
 from vidgen.checkpoint.adapter import open_adapter
 from vidgen.checkpoint.folder import CheckpointFolder, open_checkpoint
-from vidgen.config import JobConfig, loras
+from vidgen.config import JobConfig, loras, model_options
 from vidgen.errors import ConfigError, UserError
 from vidgen.family import Spec
 
@@ -30,6 +32,9 @@ class Model:
     folder: CheckpointFolder | None
     loras: tuple[tuple[str, float, str], ...] = ()
     """Component, weight and digest of each adapter."""
+    switches: tuple[tuple[str, str], ...] = ()
+    """What pixels depend on beside checkpoint, adapters and requests, by configuration key: model.pipeline and
+    model.options of a family that has them."""
 
     def text_limit(self) -> tuple[tokens.Counter, int] | None:
         """A counter and the most tokens a prompt may have, where the family has such a limit."""
@@ -48,6 +53,9 @@ def resolve(config: JobConfig) -> Model:
     configs = folder.configs() if folder is not None else {}
     if name == "auto":
         name = family.recognise(configs["model_index"])
+    if importlib.util.find_spec(f"vidgen.models.{name}.binding") is not None:
+        assert folder is not None, f"{name} binds a checkpoint"
+        return _bound(config, name, folder)
     spec = family.spec(name)
     missing = [component for component in spec.COMPONENTS if component not in configs]
     if folder is not None and missing:
@@ -74,6 +82,31 @@ def resolve(config: JobConfig) -> Model:
         codec=_codec(config),
         folder=folder,
         loras=folder.adapter_digests() if folder else (),
+    )
+
+
+def _bound(config: JobConfig, name: str, folder: CheckpointFolder) -> Model:
+    """A family whose Spec depends on more than the checkpoint: its `binding.py` makes one of the configuration. What
+    its adapters change is known when its components are loaded."""
+    binding = importlib.import_module(f"vidgen.models.{name}.binding")
+    bound = binding.bind(folder, config.model.pipeline, dict(model_options(config)))
+    if config.model.task not in bound.spec.TASKS:
+        raise ConfigError(
+            f"model.task: {config.model.task!r} is not a task of {bound.params.pipeline}; "
+            f"allowed: {', '.join(bound.spec.TASKS)}"
+        )
+    adapters = tuple(open_adapter(lora.path, lora.weight, lora.component) for lora in loras(config))
+    return Model(
+        family=name,
+        spec=bound.spec,
+        params=bound.params,
+        checkpoint=folder.resolved.name,
+        commit=folder.resolved.commit,
+        checkpoint_hash=bound.checkpoint_hash,
+        codec=_codec(config),
+        folder=folder,
+        loras=replace(folder, adapters=adapters).adapter_digests(),
+        switches=bound.switches,
     )
 
 

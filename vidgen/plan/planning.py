@@ -17,6 +17,7 @@ from vidgen.errors import ConfigError, PlanError
 from vidgen.plan import columns, cost, ids, model
 from vidgen.plan.earlier import Earlier, only_new
 from vidgen.plan.files import ITEM_SCHEMA, PART_ITEMS, REJECTED_SCHEMA, Objects, PartWriter
+from vidgen.plan.media import MediaPlanner
 from vidgen.plan.rows import Block, RowPlanner, item_table, rejection_table, with_carried
 from vidgen.plan.shapes import Shape, Shaper
 from vidgen.prompts import Rows
@@ -43,11 +44,13 @@ class Planning:
         self._examples: dict[str, str] = {}
         self.model = model.resolve(config)
         self._same_checkpoint()
-        columns.refuse_media(config, self.model.family)
+        takes = self.model.spec.TASKS[config.model.task]
+        columns.check_media(config, self.model.family, takes)
         self.shaper = Shaper(config, self.model, plans[0].resolved["sampling"] if plans else None)
         self.planner = RowPlanner(config, self.model, self.shaper)
         self._check_configured_texts()
         self.dataset = prompts.open_dataset(config.dataset.path)
+        self.media = MediaPlanner(config, takes, self.dataset.folder)
         columns.check(config, self.dataset, self.planner.types)
         self.carried = columns.carried(config, self.dataset)
         self.notes += columns.unmapped(config, self.carried)
@@ -88,9 +91,10 @@ class Planning:
         for batch in self._selected([*columns.mapped(self.config), *self.carried]):
             for start in range(0, len(batch.row), step):
                 part = slice(start, start + step)
-                rows = Rows(batch.file, batch.row[part], batch.index[part], batch.data.slice(start, step))
+                rows = Rows(batch.file, batch.url, batch.row[part], batch.index[part], batch.data.slice(start, step))
                 found = self.planner.cells(rows.data)
-                block = self.planner.plan(found, find_ids(rows, found))
+                row_ids = find_ids(rows, found)
+                block = self.planner.plan(found, row_ids, self.media.look(rows, found))
                 yield rows, block if self.earlier is None else only_new(block, rows, self.earlier)
 
     def _ids(self) -> ids.Ids:
@@ -192,7 +196,7 @@ class Planning:
             )
 
     def _check_configured_texts(self) -> None:
-        for shape in self.shaper.shapes(tuple(None for _ in self.shaper.fields)):
+        for shape in self.shaper.shapes(tuple(None for _ in self.shaper.fields), self.shaper.required):
             excess = self.planner.over_limit(shape.request.negative_prompt)
             if not excess:
                 continue

@@ -17,10 +17,12 @@ from vidgen import identity, tokens
 from vidgen.config import JobConfig
 from vidgen.plan import cells
 from vidgen.plan.cells import Cells
-from vidgen.plan.files import ITEM_SCHEMA, REJECTED_SCHEMA
+from vidgen.plan.files import ITEM_SCHEMA, MEDIA_TYPE, REJECTED_SCHEMA
+from vidgen.plan.media import NO_MEDIA, RowMedia
 from vidgen.plan.model import Model
 from vidgen.plan.shapes import Shape, Shaper, variant_text
 from vidgen.prompts import Rows
+from vidgen.types import MEDIA_FIELDS
 
 MOST_SEED = 2**48 - 1
 MOST_PRIORITY = 2**31 - 1
@@ -30,8 +32,10 @@ MOST_TEXTS = 10_000
 
 @dataclass(slots=True)
 class Block:
-    """What a batch of rows became: an entry an item in the first group of lists, an entry a rejection in the second.
-    `position` is the row's place in the batch."""
+    """What a batch of rows became: an entry an item in the second group of lists, an entry a rejection in the third.
+    `position` is the row's place in the batch, and in `media`."""
+
+    media: list[RowMedia]
 
     position: list[int] = field(default_factory=list)
     sample: list[int] = field(default_factory=list)
@@ -60,7 +64,8 @@ class RowPlanner:
     def __init__(self, config: JobConfig, model: Model, shaper: Shaper) -> None:
         self.config, self.shaper = config, shaper
         self.columns: dict[str, str] = config.dataset.columns
-        self.types = {name: self._type(name) for name in self.columns}
+        self.types = {name: self._type(name) for name in self.columns if name not in MEDIA_FIELDS}
+        self.media_columns = {name: column for name, column in self.columns.items() if name in MEDIA_FIELDS}
         self.labels = {name: f"{name} (column {column!r})" for name, column in self.columns.items()}
         self.generation_fields = tuple(name for name in self.columns if name != "priority")
         self.sweeps_negative = "negative_prompt" in config.sweep.over
@@ -71,17 +76,22 @@ class RowPlanner:
         """The mapped columns as Python values."""
         faults: cells.Faults = {}
         values = {
-            name: cells.values(data.column(column), self.types[name], self.labels[name], faults)
-            for name, column in self.columns.items()
+            name: cells.values(data.column(self.columns[name]), kind, self.labels[name], faults)
+            for name, kind in self.types.items()
         }
-        return Cells(values, faults)
+        media = {
+            name: cells.media(data.column(column), self.labels[name], faults)
+            for name, column in self.media_columns.items()
+        }
+        return Cells(values, faults, media)
 
     def keys(self, found: Cells) -> list[bytes]:
         """What equal rows share (`identity.row_key`): a digest of the generation fields of each row."""
         names = self.generation_fields
+        keys = {name: [cell and cell.key for cell in column] for name, column in found.media.items()}
         return [
             identity.row_key(dict(zip(names, row, strict=True)))
-            for row in zip(*(found.values[name] for name in names), strict=True)
+            for row in zip(*(found.values[n] if n in found.values else keys[n] for n in names), strict=True)
         ]
 
     def content_ids(self, rows: Rows, found: Cells, occurrences: np.ndarray | None) -> list[str | None]:
@@ -89,9 +99,9 @@ class RowPlanner:
         counts = [0] * len(rows.index) if occurrences is None else occurrences[rows.index].tolist()
         return [identity.row_id_of(key, n) for key, n in zip(self.keys(found), counts, strict=True)]
 
-    def plan(self, found: Cells, ids: list[str | None]) -> Block:
-        """Items and rejections of a batch whose rows have these cells and ids (None: rejected for its faults)."""
-        block = Block()
+    def plan(self, found: Cells, ids: list[str | None], media: list[RowMedia]) -> Block:
+        """Items and rejections of a batch whose rows have these cells, ids (None: rejected for its faults), media."""
+        block = Block(media=media)
         self._check_texts(found, block)
         prompts, faults = found.values["prompt"], found.faults
         empty = [None] * len(prompts)
@@ -100,10 +110,11 @@ class RowPlanner:
         shaper, columns = self.shaper, [found.values[name] for name in self.shaper.fields]
         shape_cells = zip(*columns, strict=True) if columns else iter([()] * len(prompts))
         for position, own_cells in enumerate(shape_cells):
-            row_id, reasons = ids[position], faults.get(position)
-            for variant, shape in enumerate(shaper.shapes(own_cells)):
-                if reasons or shape.reasons or row_id is None:
-                    why = [*(reasons or ()), *shape.reasons]
+            row_id, reasons, own_media = ids[position], faults.get(position), media[position]
+            for variant, shape in enumerate(shaper.shapes(own_cells, own_media.given)):
+                misfits = own_media.misfits(shape.request, self.labels) if own_media.seen else ()
+                if reasons or shape.reasons or misfits or row_id is None:
+                    why = [*(reasons or ()), *shape.reasons, *misfits]
                     self._refuse(block, position, variant, row_id, prompts[position], why)
                     continue
                 negative = negatives[position]
@@ -124,10 +135,10 @@ class RowPlanner:
         negative: str,
         row_seed: int | None,
     ) -> None:
-        run_seed = self.config.sampling.seed or 0
+        run_seed, media = self.config.sampling.seed or 0, block.media[position].digest
         for sample in range(self.config.dataset.samples_per_row):
             seed = identity.sample_seed(run_seed, row_id, row_seed, sample)
-            request_hash = identity.request_hash_of(shape.digest, seed, prompt, negative)
+            request_hash = identity.request_hash_of(shape.digest, seed, prompt, negative, media)
             block.position.append(position)
             block.sample.append(sample)
             block.shape.append(shape)
@@ -223,7 +234,9 @@ def item_table(block: Block, rows: Rows, first: int, carried: Mapping[str, str])
         **_shape_columns(block.shape),
     }
     for name in ITEM_SCHEMA.names:
-        if name not in columns:
+        if name in MEDIA_FIELDS:
+            columns[name] = _media_column(name, block)
+        elif name not in columns:
             columns[name] = getattr(block, name)
     arrays = [_array(columns[f.name], f.type) for f in ITEM_SCHEMA]
     arrays += [rows.data.column(name).take(pa.array(position)) for name in carried]
@@ -251,6 +264,14 @@ def with_carried(schema: pa.Schema, source: pa.Schema, carried: Mapping[str, str
     return pa.schema([*schema, *(pa.field(name, source.field(column).type) for column, name in carried.items())])
 
 
+def _media_column(name: str, block: Block) -> pa.Array:
+    """The media of a field, an entry an item."""
+    if not block.media or block.media[0] is NO_MEDIA:
+        return pa.nulls(len(block.position), MEDIA_TYPE)
+    media = [None if (m := own.media(name)) is None else {"url": m.url, "digest": m.digest} for own in block.media]
+    return pa.array(media, MEDIA_TYPE).take(pa.array(block.position, pa.int64()))
+
+
 def _shape_columns(shapes: list[Shape]) -> dict[str, pa.Array]:
     """Columns that are equal within a shape, built once a shape and spread over the items."""
     places: dict[int, int] = {}
@@ -270,7 +291,17 @@ def _shape_columns(shapes: list[Shape]) -> dict[str, pa.Array]:
 
 def _shape_values(shape: Shape) -> dict[str, Any]:
     request = shape.request
-    plain = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "sampler", "shift")
+    plain = (
+        "height",
+        "width",
+        "num_frames",
+        "fps",
+        "num_inference_steps",
+        "guidance_scale",
+        "sampler",
+        "shift",
+        "resize",
+    )
     lists = ("sigmas", "timesteps", "tiling")
     return {
         **{name: getattr(request, name) for name in plain},

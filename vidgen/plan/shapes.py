@@ -18,7 +18,7 @@ from vidgen.config_rules import nearest
 from vidgen.errors import ConfigError
 from vidgen.plan.frozen import INEXACT_ATTENTION
 from vidgen.plan.model import Model
-from vidgen.types import Request, Scalar
+from vidgen.types import MEDIA_FIELDS, Media, Request, Scalar
 
 NUMBERS: Mapping[str, type] = {
     "height": int,
@@ -30,14 +30,15 @@ NUMBERS: Mapping[str, type] = {
 }
 """Request fields that a cell may give, with their type."""
 LISTS = ("sigmas", "timesteps")
+PLACEHOLDER = Media("", "")
 MOST_SHAPES = 100_000
 """Shapes remembered at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shape:
-    """A request template with its hashes and cost; `reasons` says why it cannot be made, and then the rest is empty.
-    `frames` are those of the finished video."""
+    """A request template (media stand in it without place or digest) with its hashes and cost; `reasons` says why it
+    cannot be made, and then the rest is empty. `frames` are those of the finished video."""
 
     request: Request
     reasons: tuple[str, ...]
@@ -66,6 +67,8 @@ class Shaper:
         family_defaults = defaults or model.spec.defaults(config.model.task, model.params)
         self.base = self._base(family_defaults)
         self.fields = tuple(f for f in config.dataset.columns if f in NUMBERS or f.startswith("params."))
+        takes = model.spec.TASKS[config.model.task]
+        self.required = tuple(name for name in MEDIA_FIELDS if takes.get(name, False))
         self.variants = self._variants()
         self._cache: dict[tuple[Any, ...], tuple[Shape, ...]] = {}
         self._refuse_impossible()
@@ -74,18 +77,18 @@ class Shaper:
         """The type of a mapped field's cells; ConfigError if the family has no such parameter."""
         return NUMBERS[field] if field in NUMBERS else self._param_type(field, f"dataset.columns.{field}")
 
-    def shapes(self, cells: tuple[Any, ...]) -> tuple[Shape, ...]:
-        """One shape a variant for a row whose `fields` have these values (None: empty)."""
-        found = self._cache.get(cells)
+    def shapes(self, cells: tuple[Any, ...], media: tuple[str, ...] = ()) -> tuple[Shape, ...]:
+        """One shape a variant for a row whose `fields` have these values (None: empty) and that gives these media."""
+        found = self._cache.get((cells, media))
         if found is None:
             if len(self._cache) >= MOST_SHAPES:
                 self._cache.clear()
             given = {name: value for name, value in zip(self.fields, cells, strict=True) if value is not None}
             found = tuple(
-                self._naming(self._shape({**self.base, **given, **variant}), given.keys() - variant.keys())
+                self._naming(self._shape({**self.base, **given, **variant}, media), given.keys() - variant.keys())
                 for variant in self.variants
             )
-            self._cache[cells] = found
+            self._cache[cells, media] = found
         return found
 
     def spec_hash(self) -> str:
@@ -130,14 +133,15 @@ class Shaper:
         """What no cell can mend is the configuration's mistake."""
         if self.fields:
             return
-        for variant, shape in zip(self.variants, self.shapes(()), strict=True):
+        for variant, shape in zip(self.variants, self.shapes((), self.required), strict=True):
             if shape.reasons:
                 where = f"sweep variant {json.dumps(variant)}" if variant else "sampling"
                 raise ConfigError("\n".join(f"{where}: {reason}" for reason in shape.reasons))
 
-    def _shape(self, values: Mapping[str, Any]) -> Shape:
+    def _shape(self, values: Mapping[str, Any], media: tuple[str, ...]) -> Shape:
         spec, params = self.model.spec, self.model.params
-        request = self._request(values)
+        given: dict[str, Any] = dict.fromkeys(media, PLACEHOLDER)
+        request = replace(self._request(values), **given)
         output = self.config.output
         reasons = spec.problems(request, params, self._parallel)
         if not reasons:
@@ -186,6 +190,7 @@ class Shaper:
             sampler=values["sampler"],
             shift=None if values["shift"] is None else float(values["shift"]),
             params=tuple(params),
+            resize=self.config.dataset.resize,
             **numbers,
             **lists,
         )

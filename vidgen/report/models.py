@@ -52,7 +52,7 @@ def _model(name: str) -> Model:
     row = Model(
         name,
         tuple(spec.TASKS),
-        spec.PIPELINES,
+        tuple(spec.PIPELINES),
         spec.SAMPLERS,
         {key: kind.__name__ for key, kind in spec.PARAMS.items()},
         spec.REVISION,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import subprocess
 import sys
 import threading
@@ -13,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vidgen import family, media
 from vidgen.errors import Cancelled, CapacityError, ConfigError, ItemError
 from vidgen.models.testcard import backend, spec
-from vidgen.types import Hooks, Request, Video
+from vidgen.types import Hooks, Media, Request, Video
 
 
 def _request(**changes: Any) -> Request:
@@ -41,8 +43,8 @@ def test_it_is_a_family_because_its_folder_is_there() -> None:
 def test_its_defaults_break_none_of_its_rules() -> None:
     assert spec.problems(_request(), spec.read({}), {}) == []
     assert set(spec.defaults("t2v", spec.read({}))["params"]) == set(spec.PARAMS)
-    with pytest.raises(ConfigError, match=r"'i2v'.*allowed: t2v"):
-        spec.defaults("i2v", spec.read({}))
+    with pytest.raises(ConfigError, match=r"'s2v'.*allowed: t2v, i2v, v2v"):
+        spec.defaults("s2v", spec.read({}))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,10 @@ def test_its_defaults_break_none_of_its_rules() -> None:
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"sampler": "euler"}, "sampler is 'euler'; allowed: card"),
         ({"shift": 3.0}, "shift is given"),
+        ({"task": "s2v"}, "task is 's2v'; allowed: t2v, i2v, v2v"),
+        ({"image": Media("x.png", "")}, "image is given; t2v takes none"),
+        ({"task": "i2v"}, "image is missing; i2v needs one"),
+        ({"task": "v2v", "video": Media("x.mp4", ""), "image": Media("x.png", "")}, "image is given; v2v takes video"),
         ({"params": {"fail": "fire"}}, "params.fail is 'fire'; allowed: '', 'item'"),
         ({"params": {"fail_share": 1.5}}, "params.fail_share is 1.5"),
         ({"params": {"step_seconds": -1.0}}, "params.step_seconds is -1.0"),
@@ -76,6 +82,30 @@ def test_equal_requests_give_equal_frames_alone_and_in_a_batch() -> None:
     one, two = _request(seed=1), _request(seed=2)
     batch = [np.concatenate(list(video.chunks)) for video in backend.load().generate([one, two], Hooks())]
     assert np.array_equal(batch[0], _frames(one)) and np.array_equal(batch[1], _frames(two))
+
+
+def test_conditioning_media_are_shown_in_their_corners(tmp_path: Path) -> None:
+    def picture(level: int) -> Media:
+        png = io.BytesIO()
+        Image.new("RGB", (64, 64), (level, 0, 255 - level)).save(png, "PNG")
+        return Media("", "", png.getvalue())
+
+    frames = _frames(_request(task="i2v", image=picture(200), last_image=picture(50)))
+    for name, level in (("image", 200), ("last_image", 50)):
+        rows, columns = backend.inset(name, 64, 64)
+        assert (frames[:, rows, columns] == (level, 0, 255 - level)).all()
+    clip = media.start(tmp_path / "clip.zip", (64, 64), 8.0, format="png")
+    clip.frames(np.arange(9, dtype=np.uint8)[:, None, None, None] * np.full((9, 64, 64, 3), 20, np.uint8))
+    clip.finish()
+    frames = _frames(_request(task="v2v", video=Media(str(tmp_path / "clip.zip"), "")))
+    rows, columns = backend.inset("video", 64, 64)
+    assert [int(frame[rows, columns].mean()) for frame in frames] == [20 * number for number in range(9)]
+
+
+def test_a_medium_that_cannot_be_read_is_the_rows_fault_even_of_a_black_card() -> None:
+    request = _request(task="i2v", image=Media("", "", b"no picture"), params={"fail": "black"})
+    with pytest.raises(ItemError, match="image: the data is not a picture"):
+        _frames(request)
 
 
 def test_another_process_draws_the_same_frames() -> None:

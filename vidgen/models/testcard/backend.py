@@ -1,7 +1,8 @@
 """A seeded moving test card: the smallest backend there is, and the example of the contract.
 
 `load` gives an object whose `generate(requests, hooks)` yields one Video a request, as every backend does; no weights,
-no torch. Equal requests give equal frames. Refuses to know where its frames go.
+no torch. Equal requests give equal frames. Conditioning media are shown small in the picture that they condition.
+Refuses to know where its frames go.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vidgen import media
+from vidgen import conditioning, media
+from vidgen.conditioning import Conditioning
 from vidgen.errors import Cancelled, CapacityError, ItemError
 from vidgen.models.testcard.spec import fails
 from vidgen.types import Hooks, ModelSettings, Request, Video
@@ -52,7 +54,7 @@ class Backend:
             return
         begun = time.perf_counter()
         hooks.progress("encode", 0, 0)
-        cards = [functools.partial(_black if fails(r) == "black" else draw, r) for r in requests]
+        cards = [_card(request) for request in requests]
         encoded_at = time.perf_counter()
         _denoise(requests, hooks)
         denoised_at = time.perf_counter()
@@ -61,16 +63,23 @@ class Backend:
             counts = {"forwards": request.num_inference_steps}
             video = Video(request, iter(()), self.dtype, batch=len(requests), seconds=seconds, counts=counts)
             if request.param("ready", False):
-                video.encoded = _ready(replace(request, prompt="", negative_prompt="", seed=0))
+                plain = replace(request, image=None, last_image=None, video=None)
+                video.encoded = _ready(replace(plain, prompt="", negative_prompt="", seed=0))
             else:
                 video.chunks = _decode(card, request, hooks, seconds)
             yield video
 
 
-def draw(request: Request, first: int, count: int) -> np.ndarray:
+def _card(request: Request) -> functools.partial[np.ndarray]:
+    """What draws the frames of a request; its media are read here, whatever is drawn."""
+    media = conditioning.read(request)
+    return functools.partial(_black, request) if fails(request) == "black" else functools.partial(draw, request, media)
+
+
+def draw(request: Request, media: Conditioning, first: int, count: int) -> np.ndarray:
     """Frames `first` to `first + count - 1` of a request's card: uint8 RGB [count, H, W, 3]. Bars that drift, a disc
     that bounces, and where there is room the prompt, the seed and a frame counter; all follow from the prompt and the
-    seed."""
+    seed. `inset` tells where the conditioning media are shown."""
     height, width = request.height, request.width
     word = hashlib.sha256(f"{request.seed}\0{request.prompt}\0{request.negative_prompt}".encode()).digest()
     bars = np.array(BARS, np.uint8)[np.random.default_rng(word[0]).permutation(len(BARS))]
@@ -86,7 +95,22 @@ def draw(request: Request, first: int, count: int) -> np.ndarray:
         frames[index][distance <= radius] = (12, 12, 16)
         frames[index][distance <= radius * 0.72] = 255 - bars[word[2] % len(bars)] // 3
         _label(frames[index], request, number)
+        shown = {"image": media.image, "last_image": media.last_image}
+        shown["video"] = None if media.video is None else media.video[number]
+        for name, picture in shown.items():
+            if picture is not None:
+                rows, columns = inset(name, height, width)
+                small = (columns.stop - columns.start, rows.stop - rows.start)
+                frames[index, rows, columns] = np.asarray(Image.fromarray(picture).resize(small, Image.Resampling.BOX))
     return frames
+
+
+def inset(name: str, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of a frame that show a conditioning medium at a quarter of its size: the image, or the video's
+    frame of the same number, at the left, the last image at the right, above the ramp."""
+    bottom, high, wide = height - max(1, height // 5), max(1, height // 4), max(1, width // 4)
+    left = width - wide if name == "last_image" else 0
+    return slice(bottom - high, bottom), slice(left, left + wide)
 
 
 def _ramp(frame: np.ndarray, number: int, total: int, word: bytes) -> None:
@@ -184,7 +208,7 @@ def _ready(request: Request) -> bytes:
     """One mp4 of that shape, made once per process."""
     with tempfile.TemporaryDirectory() as folder:
         chunks = (
-            draw(request, first, min(CHUNK, request.num_frames - first))
+            draw(request, Conditioning(), first, min(CHUNK, request.num_frames - first))
             for first in range(0, request.num_frames, CHUNK)
         )
         return media.write(Video(request, chunks, "uint8"), Path(folder) / "card.mp4").path.read_bytes()

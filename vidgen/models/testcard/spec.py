@@ -19,12 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from vidgen.errors import ConfigError
-from vidgen.types import Request
+from vidgen.types import MEDIA_FIELDS, Request
 
 REVISION = 1
-TASKS = ("t2v",)
+TASKS: Mapping[str, Mapping[str, bool]] = {
+    "t2v": {},
+    "i2v": {"image": True, "last_image": False},
+    "v2v": {"video": True},
+}
 CHECKPOINT = False
-PIPELINES: tuple[str, ...] = ()
+PIPELINES: Mapping[str, str] = {}
 COMPONENTS: tuple[str, ...] = ()
 PARAMS: Mapping[str, type] = {"step_seconds": float, "ready": bool, "fail": str, "fail_share": float}
 SAMPLERS = ("card",)
@@ -84,9 +88,22 @@ def problems(request: Request, params: Params, parallel: Mapping[str, Any]) -> l
         found.append(f"params.step_seconds is {pause!r}; allowed: 0 or more")
     if request.sampler not in SAMPLERS:
         found.append(f"sampler is {request.sampler!r}; allowed: {', '.join(SAMPLERS)}")
-    for name in ("shift", "sigmas", "timesteps", "image", "last_image", "video"):
+    for name in ("shift", "sigmas", "timesteps"):
         if getattr(request, name) is not None:
             found.append(f"{name} is given, and a test card has no use for it")
+    return found + _media_problems(request)
+
+
+def _media_problems(request: Request) -> list[str]:
+    if request.task not in TASKS:
+        return [f"task is {request.task!r}; allowed: {', '.join(TASKS)}"]
+    takes, found = TASKS[request.task], []
+    for name in MEDIA_FIELDS:
+        given = getattr(request, name) is not None
+        if given and name not in takes:
+            found.append(f"{name} is given; {request.task} takes {', '.join(takes) or 'none'}")
+        if not given and takes.get(name, False):
+            found.append(f"{name} is missing; {request.task} needs one")
     return found
 
 
