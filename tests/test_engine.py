@@ -180,10 +180,10 @@ def test_an_option_that_cannot_be_honoured_is_refused(folder: Path, options: dic
 
 def test_a_checkpoint_of_another_family_is_refused(copy: Path) -> None:
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "MochiPipeline"}))
-    with pytest.raises(ConfigError, match="MochiPipeline"):
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "NobodysPipeline"}))
+    with pytest.raises(ConfigError, match="NobodysPipeline"):
         engine.load(str(copy))
-    with pytest.raises(CheckpointError, match="'MochiPipeline'; wan runs WanPipeline"):
+    with pytest.raises(CheckpointError, match="'NobodysPipeline'; wan runs WanPipeline"):
         engine.load(str(copy), family="wan")
 
 

@@ -45,8 +45,10 @@ PREFIXES: Mapping[str, str] = {
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "diffusion_model.": "transformer",
+    "model.diffusion_model.": "transformer",
     "base_model.model.": "transformer",
     "lora_unet_": "transformer",
+    "lora_transformer_": "transformer",
 }
 """What an adapter's key begins with, and the component that means."""
 SHOWN = 5

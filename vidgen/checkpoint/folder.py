@@ -29,7 +29,13 @@ from vidgen.checkpoint import adapter
 from vidgen.checkpoint.adapter import Adapter, Delta, Rename
 from vidgen.errors import CheckpointError, InfrastructureError
 
-CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+CONFIGS = (
+    "config.json",
+    "scheduler_config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 """A component's own JSON: the first of these that its folder holds."""
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -84,7 +90,7 @@ class CheckpointFolder:
         return tuple(sorted(name for name, value in self._json("model_index.json").items() if _is_component(value)))
 
     def configs(self) -> dict[str, dict[str, Any]]:
-        """Parsed JSON of `model_index`, of each component, and of `vidgen` if the folder has a vidgen.json; and `stored`,
+        """Parsed JSON of `model_index`, of each component, of `vidgen` if the folder has a vidgen.json; and `stored`,
         the dtype that most numbers of each component with weights are stored in."""
         return {**self._configs, "stored": self._stored}
 

@@ -227,7 +227,8 @@ class ShortAttention(TorchFunctionMode):
         self.bonus[-1] = math.log(MAX_TEXT_TOKENS - text_keys + 1)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention or kwargs:
+        given = {name: value for name, value in (kwargs or {}).items() if value is not None}
+        if func is not F.scaled_dot_product_attention or given:
             return func(*args, **(kwargs or {}))
         query, key, value = args
         scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5

@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel as Oracle
 from torch import Tensor
 
 from vidgen.models.wan.spec import transformer_params
-from vidgen.models.wan.transformer import TextContext, WanTransformer3DModel
+from vidgen.models.wan.transformer import Context, WanTransformer3DModel
 
 # The same fp32 products and sums; observed 0. The tolerance is that of every stage.
 STAGE = 1e-4
@@ -39,16 +39,47 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "patch_in_time": {"patch_size": (2, 2, 2)},
     "coarse_norms": {"eps": 1e-2},
 }
-FULL_SIZE = {
-    "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-    "14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+IMAGES: dict[str, dict[str, Any]] = {
+    "one_image": {"in_channels": 12, "image_dim": 20, "added_kv_proj_dim": 32},
+    "two_images": {"in_channels": 12, "image_dim": 20, "added_kv_proj_dim": 32, "pos_embed_seq_len": 10},
+}
+"""Wan 2.1 image-to-video, and first and last frame."""
+FULL_SIZE: dict[str, dict[str, Any]] = {
+    "2.1 1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "2.1 14B, 2.2 T2V A14B": {},
+    "2.1 I2V 14B": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "2.1 FLF2V 14B": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": 514},
+    "2.2 I2V A14B": {"in_channels": 36},
+    "2.2 TI2V 5B": {
+        "num_attention_heads": 24,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+        "in_channels": 48,
+        "out_channels": 48,
+    },
+}
+"""What the published transformer/config.json files say; the rest is the same in all."""
+ALL_SIZES: dict[str, Any] = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "rope_max_seq_len": 1024,
 }
 
 
 def pair(name: str) -> tuple[Oracle, WanTransformer3DModel]:
     """diffusers' transformer with random weights (norms and biases too), and ours with the same."""
     torch.manual_seed(0)
-    oracle = Oracle(**{**SMALL, **CONFIGS[name]}).eval()
+    oracle = Oracle(**{**SMALL, **(CONFIGS | IMAGES)[name]}).eval()
     with torch.no_grad():
         for weight in oracle.parameters():
             weight.add_(torch.randn_like(weight) * 0.1)
@@ -79,6 +110,34 @@ def test_one_forward_equals_diffusers(name: str) -> None:
     torch.testing.assert_close(velocity, expected, rtol=0, atol=STAGE)
 
 
+@pytest.mark.parametrize("name", IMAGES)
+def test_one_forward_that_looks_at_images_equals_diffusers(name: str) -> None:
+    oracle, native = pair(name)
+    # The oracle takes what comes before the last 512 tokens for those of the image.
+    text = torch.cat([prompt(), torch.zeros(2, 505, 12)], dim=1)
+    x = torch.randn(2, 12, 4, 6, 8, generator=torch.Generator().manual_seed(4))
+    images = 2 if name == "two_images" else 1
+    seen = torch.randn(2 * images, 5, 20, generator=torch.Generator().manual_seed(5))
+    expected = oracle(x, TIMESTEP, text, seen, return_dict=False)[0]
+    context, shown = native.text_context(text), native.image_context(seen.view(2, -1, 20))
+    velocity = native(x, TIMESTEP, context, shown)
+    torch.testing.assert_close(velocity, expected, rtol=0, atol=STAGE)
+    assert (native(x, TIMESTEP, context) - velocity).abs().max() > 100 * STAGE, "the image must matter"
+
+
+def test_a_timestep_a_frame_equals_diffusers_with_one_a_token() -> None:
+    oracle, native = pair("three_heads")
+    times = torch.tensor([[0.0, 988.49, 988.49, 13.0], [0.0, 1.0, 500.0, 999.0]])
+    expected = oracle(latents(), times.repeat_interleave(3 * 4, dim=1), prompt(), return_dict=False)[0]
+    context = native.text_context(prompt())
+    velocity = native(latents(), times, context)
+    torch.testing.assert_close(velocity, expected, rtol=0, atol=STAGE)
+    same = native(latents(), TIMESTEP[:, None].repeat(1, 4), context)
+    torch.testing.assert_close(same, native(latents(), TIMESTEP, context), rtol=0, atol=BATCH)
+    with pytest.raises(ValueError, match="3 timesteps a clip; allowed: one, or one for each of 4 frames"):
+        native(latents(), times[:, :3], context)
+
+
 def test_a_batch_of_two_equals_two_single_forwards() -> None:
     _, native = pair("three_heads")
     both = native(latents(), TIMESTEP, native.text_context(prompt()))
@@ -86,7 +145,7 @@ def test_a_batch_of_two_equals_two_single_forwards() -> None:
     for i, context in enumerate(contexts):
         one = native(latents()[i : i + 1], TIMESTEP[i : i + 1], context)
         torch.testing.assert_close(one[0], both[i], rtol=0, atol=BATCH)
-    joined = native(latents(), TIMESTEP, TextContext.join(contexts))
+    joined = native(latents(), TIMESTEP, Context.join(contexts))
     torch.testing.assert_close(joined, both, rtol=0, atol=BATCH)
 
 
@@ -153,21 +212,36 @@ class ThreadGang:
         return torch.cat(self._everyones(x, "to_tokens"), dim=2).tensor_split(2, dim=1)[self.rank]
 
 
+def shared_by_two(native: WanTransformer3DModel, *arguments: Any) -> tuple[list[Tensor], list[str]]:
+    """The results of both ranks of a gang, and the collectives that the first one called."""
+    mailbox, barrier = [torch.empty(0)] * 2, Barrier(2, timeout=60)
+    gangs = [ThreadGang(rank, mailbox, barrier) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda gang: native(*arguments, cp=gang), gangs)), gangs[0].calls
+
+
 @pytest.mark.parametrize("frames", [4, 3], ids=["even_tokens", "odd_tokens"])
 def test_two_ranks_that_share_the_tokens_give_what_one_gives(frames: int) -> None:
     _, native = pair("one_layer")
     x = torch.randn(1, 4, frames, 6, 6, generator=torch.Generator().manual_seed(3))
     context = native.text_context(prompt(1))
-    expected = native(x, TIMESTEP[:1], context)
-    mailbox, barrier = [torch.empty(0)] * 2, Barrier(2, timeout=60)
-    gangs = [ThreadGang(rank, mailbox, barrier) for rank in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda gang: native(x, TIMESTEP[:1], context, gang), gangs))
+    results, calls = shared_by_two(native, x, TIMESTEP[:1], context)
     for result in results:
         # The tolerance of context parallelism: attention sums over tokens in another blocking.
-        torch.testing.assert_close(result, expected, rtol=0, atol=STAGE)
+        torch.testing.assert_close(result, native(x, TIMESTEP[:1], context), rtol=0, atol=STAGE)
     # Tokens and the two tables of rope; q, k, v and the result of self-attention alone; the end.
-    assert gangs[0].calls == ["shard"] * 3 + ["to_heads"] * 3 + ["to_tokens"] + ["gather"]
+    assert calls == ["shard"] * 3 + ["to_heads"] * 3 + ["to_tokens"] + ["gather"]
+
+
+def test_two_ranks_know_the_timesteps_of_their_own_tokens_and_all_of_the_image() -> None:
+    _, native = pair("one_image")
+    x = torch.randn(1, 12, 3, 6, 6, generator=torch.Generator().manual_seed(3))
+    seen = torch.randn(1, 5, 20, generator=torch.Generator().manual_seed(5))
+    arguments = (x, torch.tensor([[0.0, 700.0, 13.0]]), native.text_context(prompt(1)), native.image_context(seen))
+    results, calls = shared_by_two(native, *arguments)
+    for result in results:
+        torch.testing.assert_close(result, native(*arguments), rtol=0, atol=STAGE)
+    assert calls.count("shard") == 4, "tokens, two tables of rope, and which timestep each token has"
 
 
 def test_latents_that_the_patch_does_not_divide_are_refused_with_their_size() -> None:
@@ -179,7 +253,7 @@ def test_latents_that_the_patch_does_not_divide_are_refused_with_their_size() ->
 @pytest.mark.parametrize("size", FULL_SIZE)
 def test_keys_and_shapes_of_the_full_size_transformer_equal_diffusers(size: str) -> None:
     with torch.device("meta"):
-        oracle = Oracle(**FULL_SIZE[size])
+        oracle = Oracle(**{**ALL_SIZES, **FULL_SIZE[size]})
         native = WanTransformer3DModel(transformer_params(oracle.config))
     shapes = {key: tuple(value.shape) for key, value in native.state_dict().items()}
     assert shapes == {key: tuple(value.shape) for key, value in oracle.state_dict().items()}

@@ -33,6 +33,24 @@ CONFIGS = {
         "out_channels": 12,
     },
 }
+CONFIGS |= {
+    "residual": {
+        "dim_mult": [1, 2, 2],
+        "temperal_downsample": [True, True],
+        "num_res_blocks": 1,
+        "decoder_base_dim": 12,
+        "is_residual": True,
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+    },
+    "residual_without_patches": {
+        "dim_mult": [1, 2, 2],
+        "temperal_downsample": [True, False],
+        "num_res_blocks": 2,
+        "is_residual": True,
+    },
+}
 FULL_SIZE = {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 
 
@@ -92,7 +110,7 @@ def test_decoding_chunk_after_chunk_equals_decoding_whole(name: str, chunk: int)
     )
 
 
-@pytest.mark.parametrize("name", ["wan", "four_by_four", "two_in_time", "still"])
+@pytest.mark.parametrize("name", ["wan", "four_by_four", "two_in_time", "still", "residual_without_patches"])
 def test_encoding_chunk_after_chunk_equals_encoding_whole(name: str) -> None:
     _, native = pair(name)
     whole, _ = native.encode_chunk(video())
@@ -124,6 +142,24 @@ def test_tiled_encode_equals_diffusers_tiled_encode(name: str) -> None:
     torch.testing.assert_close(mean, expected.mean, rtol=0, atol=STAGE)
     torch.testing.assert_close(logvar, expected.logvar, rtol=0, atol=STAGE)
     assert (mean - native.encode(clip)[0]).abs().max() > 10 * STAGE, "the tiles did nothing"
+
+
+@pytest.mark.parametrize("name", ["patched", "residual"])
+def test_a_picture_whose_unshuffled_pixels_fit_one_tile_is_still_encoded_in_tiles(name: str) -> None:
+    oracle, native = pair(name)
+    oracle.enable_tiling(32, 32, 16, 16)
+    clip = video(frames=5, height=32, width=48)  # 16 x 24 unshuffled
+    mean, _ = native.encode(clip, (32, 32, 16, 16))
+    torch.testing.assert_close(mean, oracle.encode(clip).latent_dist.mean, rtol=0, atol=STAGE)
+    assert (mean - native.encode(clip)[0]).abs().max() > 10 * STAGE, "the tiles did nothing"
+
+
+def test_encoding_takes_any_dtype_and_computes_in_that_of_its_weights() -> None:
+    _, native = pair("wan")
+    native.decoder.bfloat16()
+    mean, _ = native.encode(video().bfloat16())
+    assert mean.dtype == torch.float32
+    assert torch.equal(mean, native.encode(video().bfloat16().float())[0])
 
 
 def test_a_picture_that_fits_one_tile_is_decoded_whole() -> None:
@@ -204,8 +240,22 @@ def test_frames_are_clamped_unless_training_asks_otherwise() -> None:
     [
         {**FULL_SIZE, "temperal_downsample": [False, True, True]},
         {**FULL_SIZE, "temperal_downsample": [False, True, True], "attn_scales": [0.5, 0.25], "decoder_base_dim": 32},
+        {
+            **FULL_SIZE,
+            "base_dim": 160,
+            "decoder_base_dim": 256,
+            "z_dim": 48,
+            "latents_mean": [0.0] * 48,
+            "latents_std": [1.0] * 48,
+            "temperal_downsample": [False, True, True],
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+        },
     ],
-    ids=["wan_2_1", "with_attention_scales"],
+    ids=["wan_2_1", "with_attention_scales", "wan_2_2_5b"],
 )
 def test_keys_and_shapes_of_the_full_size_autoencoder_equal_diffusers(config: dict[str, object]) -> None:
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video: limits, defaults and cost (the contract in `vidgen.family.Spec`). Standard library only.
+"""Wan 2.1 and 2.2: tasks, limits, defaults and cost (the contract in `vidgen.family.Spec`). Standard library only.
 
 Refuses to know what a tensor is, where a checkpoint lies, and how a plan is stored.
 """
@@ -11,14 +11,25 @@ from itertools import pairwise
 from typing import Any
 
 from vidgen.models.wan.params import COMPONENTS as COMPONENTS
-from vidgen.models.wan.params import PUBLISHED
+from vidgen.models.wan.params import ImageEncoderParams as ImageEncoderParams
 from vidgen.models.wan.params import Params as Params
 from vidgen.models.wan.params import TransformerParams as TransformerParams
 from vidgen.models.wan.params import VAEParams as VAEParams
+from vidgen.models.wan.params import image_encoder_params as image_encoder_params
 from vidgen.models.wan.params import read as read
 from vidgen.models.wan.params import scheduler_params as scheduler_params
 from vidgen.models.wan.params import transformer_params as transformer_params
 from vidgen.models.wan.params import vae_params as vae_params
+from vidgen.models.wan.recipes import (
+    DENSE,
+    EXPERTS,
+    EXPERTS_IMAGE,
+    EXPERTS_IMAGE_SECOND,
+    EXPERTS_SECOND,
+    FIRST_AND_LAST,
+    PUBLISHED,
+    STRENGTH,
+)
 from vidgen.specs.config import DTYPE_BYTES
 from vidgen.specs.limits import batch_key as shared_batch_key
 from vidgen.specs.limits import (
@@ -34,10 +45,18 @@ from vidgen.specs.t5 import t5_weights
 from vidgen.types import Request
 
 REVISION = 1
-TASKS: Mapping[str, Mapping[str, bool]] = {"t2v": {}}
+TASKS: Mapping[str, Mapping[str, bool]] = {
+    "t2v": {},
+    "i2v": {"image": True, "last_image": False},
+    "v2v": {"video": True},
+}
 CHECKPOINT = True
-PIPELINES = ("WanPipeline",)
-PARAMS: Mapping[str, type] = {}
+PIPELINES: Mapping[str, tuple[str, ...]] = {
+    "WanPipeline": ("t2v",),
+    "WanImageToVideoPipeline": ("i2v",),
+    "WanVideoToVideoPipeline": ("v2v",),
+}
+PARAMS: Mapping[str, type] = {"guidance_scale_2": float, "strength": float}
 SAMPLERS = ("unipc", "euler")
 
 DEFAULT_TILES = (256, 256, 192, 192)
@@ -45,21 +64,81 @@ WHOLE_PICTURE = 1280 * 720
 """Pixels of the largest picture that `vae_tiling: auto` decodes whole."""
 
 
+def tasks_of(params: Params) -> dict[str, dict[str, bool]]:
+    """The tasks that this checkpoint can do, as `TASKS` has them: its input channels, experts and image positions say.
+
+    A video is changed by one transformer over all noise levels, as no published recipe has it for two.
+    """
+    if params.concatenates:
+        # With an image encoder, as many images as it was trained for; without one, the mask says what is given.
+        last = {0: {"last_image": False}, 1: {}, 2: {"last_image": True}}[params.images]
+        return {"i2v": {"image": True, **last}}
+    if params.expand_timesteps:
+        return {"t2v": {}, "i2v": {"image": True}}
+    return {"t2v": {}} if params.boundary_ratio is not None else {"t2v": {}, "v2v": {"video": True}}
+
+
 def defaults(task: str, params: Params) -> dict[str, Any]:
-    """The published recipe of Wan 2.1, or what the checkpoint's vidgen.json says; sampler and shift as its scheduler
-    has them. Sizes in pixels and frames, fps in frames a second."""
+    """The recipe on the checkpoint's model card, or what its vidgen.json says; sampler and shift as its scheduler has
+    them. Sizes in pixels and frames, fps in frames a second. Parameters that do not apply are left out."""
     check_task(task, TASKS, "wan")
+    check_task(task, tasks_of(params), "this checkpoint of wan")
+    published, second = PUBLISHED, None
+    if params.boundary_ratio is not None and params.concatenates:
+        published, second = EXPERTS_IMAGE, EXPERTS_IMAGE_SECOND
+    elif params.boundary_ratio is not None:
+        published, second = EXPERTS, EXPERTS_SECOND
+    elif params.expand_timesteps:
+        published = DENSE
+    elif params.images == 2:
+        published = FIRST_AND_LAST
     own = {"sampler": params.scheduler.sampler, "shift": params.scheduler.shift, "sigmas": None, "timesteps": None}
-    return {**PUBLISHED, **own, "params": {}, **dict(params.recipe)}
+    given = {} if second is None else {"guidance_scale_2": second}
+    if task == "v2v":
+        given["strength"] = STRENGTH
+    return {**published, **own, "params": given, **dict(params.recipe)}
 
 
 def problems(request: Request, params: Params, parallel: Mapping[str, Any]) -> list[str]:
     """Each rule the request breaks, as a sentence with the wrong value and the allowed ones; [] if none."""
-    found = request_problems(request, TASKS, PARAMS) + _size_problems(request, params)
+    found = request_problems(request, tasks_of(params), PARAMS) + _size_problems(request, params)
     found += schedule_problems(request, SAMPLERS, params.scheduler.num_train_timesteps)
     if request.timesteps is not None and request.sampler == "unipc":
         found.append("timesteps is given; sampler 'unipc' makes its own from the sigmas, allowed: sampler 'euler'")
-    return found + tile_problems(request, params.vae.spatial_factor)
+    if request.last_image is not None and request.num_frames == 1:
+        found.append("last_image is given and num_frames is 1; allowed: more frames, so that first and last differ")
+    return found + _param_problems(request, params) + tile_problems(request, params.vae.spatial_factor)
+
+
+def _param_problems(request: Request, params: Params) -> list[str]:
+    found = []
+    second, strength = request.param("guidance_scale_2"), request.param("strength")
+    if second is not None and params.boundary_ratio is None:
+        found.append(f"params.guidance_scale_2 is {second}; only a checkpoint with transformer_2 has a second scale")
+    elif isinstance(second, (int, float)) and second < 1:
+        found.append(f"params.guidance_scale_2 is {second}; allowed: 1 (no guidance) or more")
+    if request.task != "v2v":
+        if strength is not None:
+            found.append(f"params.strength is {strength}; only v2v has a strength")
+    elif strength is None:
+        found.append("params.strength is missing; v2v needs one, more than 0, at most 1")
+    elif isinstance(strength, (int, float)) and not 0 < strength <= 1:
+        found.append(f"params.strength is {strength}; allowed: more than 0, at most 1")
+    elif first_step(request) >= request.num_inference_steps > 0:
+        found.append(
+            f"params.strength is {strength}; of {request.num_inference_steps} steps it leaves none, "
+            f"allowed: at least {1 / request.num_inference_steps:.6g}"
+        )
+    return found
+
+
+def first_step(request: Request) -> int:
+    """The step of the schedule at which denoising begins: a video to be changed stands for those before it. Counted as
+    WanVideoToVideoPipeline does it."""
+    strength = request.param("strength")
+    if request.task != "v2v" or not isinstance(strength, (int, float)):
+        return 0
+    return max(request.num_inference_steps - int(request.num_inference_steps * strength), 0)
 
 
 def _size_problems(request: Request, params: Params) -> list[str]:
@@ -109,26 +188,31 @@ def tokens(request: Request, params: Params) -> int:
 
 def flops(request: Request, params: Params) -> float:
     """Operations of all transformer forwards of the item: 2 per multiply-add of matrix products, convolutions and
-    attention. Keys and values of the text are made once a prompt, not in a forward, and are not counted."""
+    attention. Keys and values of text and images are made once, before the first, and are not counted, but for those
+    that a second expert makes of the text when it takes over."""
     t = params.transformer
-    n, d, text = tokens(request, params), t.width, params.text_tokens
+    n, d = tokens(request, params), t.width
+    seen = params.text_tokens + (params.images * params.image.tokens if params.image is not None else 0)
     patch = math.prod(t.patch_size)
     # Four projections of self-attention, two of cross-attention (query, out), two of the feed-forward.
     linear = n * d * (4 * d + 2 * d + 2 * t.ffn_dim)
-    attention = 2 * n * d * (n + text)
-    time = d * (t.freq_dim + d + 6 * d)
+    attention = 2 * n * d * (n + seen)
+    times = _grid(request, params)[0] if params.expand_timesteps and request.task == "i2v" else 1
+    time = times * d * (t.freq_dim + d + 6 * d)
     ends = n * d * patch * (t.in_channels + t.out_channels)
-    return 2.0 * (t.num_layers * (linear + attention) + time + ends) * request.num_inference_steps * branches(request)
+    steps = request.num_inference_steps - first_step(request)
+    forward = t.num_layers * (linear + attention) + time + ends
+    handover = params.text_tokens * d * (t.text_dim + d + t.num_layers * 2 * d) * (len(params.experts) - 1)
+    return 2.0 * (forward * steps + handover) * branches(request)
 
 
 def weight_bytes(params: Params) -> int:
-    """Bytes of transformer, VAE and text encoder in their published dtype, counted from the sizes alone."""
+    """Bytes of every component with weights in its published dtype, counted from the sizes alone."""
+    counts = {"vae": vae_weights(params.vae), "text_encoder": t5_weights(params.text)}
+    counts |= {name: transformer_weights(params.transformer) for name in params.experts}
+    if params.image is not None:
+        counts["image_encoder"] = image_encoder_weights(params.image)
     dtypes = dict(params.dtypes)
-    counts = {
-        "transformer": transformer_weights(params.transformer),
-        "vae": vae_weights(params.vae),
-        "text_encoder": t5_weights(params.text),
-    }
     return sum(count * DTYPE_BYTES[dtypes[name]] for name, count in counts.items())
 
 
@@ -137,11 +221,23 @@ def transformer_weights(t: TransformerParams) -> int:
     d, patch = t.width, math.prod(t.patch_size)
     attention = 4 * (d * d + d) + 2 * d
     norm2 = 2 * d if t.cross_attn_norm else 0
-    block = 2 * attention + norm2 + 2 * d * t.ffn_dim + t.ffn_dim + d + 6 * d
+    added = 0 if t.added_kv_proj_dim is None else 2 * (t.added_kv_proj_dim * d + d) + d
+    block = 2 * attention + added + norm2 + 2 * d * t.ffn_dim + t.ffn_dim + d + 6 * d
     time = (t.freq_dim * d + d) + (d * d + d) + (6 * d * d + 6 * d)
     text = (t.text_dim * d + d) + (d * d + d)
+    image = 0
+    if (i := t.image_dim) is not None:
+        image = 2 * i + (i * i + i) + (i * d + d) + 2 * d + (t.pos_embed_seq_len or 0) * i
     ends = (t.in_channels * patch * d + d) + (d * t.out_channels * patch + t.out_channels * patch) + 2 * d
-    return t.num_layers * block + time + text + ends
+    return t.num_layers * block + time + text + image + ends
+
+
+def image_encoder_weights(i: ImageEncoderParams) -> int:
+    """Numbers in the weights of the CLIP vision model."""
+    d, inner = i.hidden_size, i.intermediate_size
+    embeddings = d + d * i.num_channels * i.patch_size**2 + i.tokens * d
+    layer = 4 * (d * d + d) + 2 * d * inner + inner + d + 2 * 2 * d
+    return embeddings + i.num_hidden_layers * layer + 2 * 2 * d
 
 
 def vae_weights(v: VAEParams) -> int:
@@ -156,7 +252,7 @@ def vae_weights(v: VAEParams) -> int:
     def attend(a: int) -> int:
         return a + conv(a, 3 * a, 1) + conv(a, a, 1)
 
-    levels = len(v.dim_mult)
+    levels, halving = len(v.dim_mult), 1 if v.is_residual else 2
     widths = [v.base_dim * mult for mult in (1, *v.dim_mult)]
     total = conv(v.in_channels, widths[0], 27)
     for level, (a, b) in enumerate(pairwise(widths)):
@@ -170,10 +266,10 @@ def vae_weights(v: VAEParams) -> int:
     widths = [v.decoder_base_dim * mult for mult in (v.dim_mult[-1], *reversed(v.dim_mult))]
     total += conv(v.z_dim, widths[0], 27) + 2 * residual(widths[0], widths[0]) + attend(widths[0])
     for level, (a, b) in enumerate(pairwise(widths)):
-        total += residual(a if level == 0 else a // 2, b) + v.num_res_blocks * residual(b, b)
+        total += residual(a if level == 0 else a // halving, b) + v.num_res_blocks * residual(b, b)
         if level < levels - 1:
             temporal = v.temperal_downsample[levels - 2 - level]
-            total += conv(b, b // 2, 9) + (conv(b, 2 * b, 3) if temporal else 0)
+            total += conv(b, b // halving, 9) + (conv(b, 2 * b, 3) if temporal else 0)
     return total + b + conv(b, v.out_channels, 27)
 
 

@@ -1,4 +1,4 @@
-"""The Wan autoencoder: causal in time, 2**n in space, frame 0 alone and then 2**m frames a latent frame.
+"""The Wan autoencoders: causal in time, 2**n in space, frame 0 alone and then 2**m frames a latent frame.
 
 Module names are the keys of the checkpoint's vae/ folder. State between chunks is a list of tensors that is passed in
 and handed back. Refuses to know what a prompt is, where weights come from, and what becomes of the frames.
@@ -75,12 +75,13 @@ class Resample(nn.Module):
     `time_conv` never makes the first frame: going up it does not see it, going down it is its first past.
     """
 
-    def __init__(self, channels: int, up: bool, temporal: bool) -> None:
+    def __init__(self, channels: int, up: bool, temporal: bool, out_channels: int | None = None) -> None:
         super().__init__()
         self.up = up
         if up:
+            narrow = out_channels or channels // 2
             self.resample = nn.Sequential(
-                nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
+                nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(channels, narrow, 3, padding=1)
             )
         else:
             self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
@@ -120,6 +121,81 @@ class Resample(nn.Module):
         return torch.cat([first, y], dim=2), past
 
 
+class DownShortcut(nn.Module):
+    """Past a block that halves: cells of `time` frames x `space` x `space` pixels become channels, groups of which are
+    averaged. No weights. A clip's first frame shares its cell with zeros."""
+
+    def __init__(self, in_channels: int, out_channels: int, time: int, space: int) -> None:
+        super().__init__()
+        assert in_channels * time * space * space % out_channels == 0, "checked where sizes are read"
+        self.out_channels, self.time, self.space = out_channels, time, space
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.time, 0))
+        x = x.unflatten(4, (-1, self.space)).unflatten(3, (-1, self.space)).unflatten(2, (-1, self.time))
+        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)  # B, (C, time, space, space), F, H, W
+        return x.unflatten(1, (self.out_channels, -1)).mean(dim=2)
+
+
+class UpShortcut(nn.Module):
+    """Past a block that doubles: channels, repeated, become cells of `time` frames x 2 x 2 pixels. No weights. A clip's
+    first frame fills only the last of its cell's frames."""
+
+    def __init__(self, in_channels: int, out_channels: int, time: int) -> None:
+        super().__init__()
+        assert out_channels * time * 4 % in_channels == 0, "checked where sizes are read"
+        self.repeats, self.out_channels, self.time = out_channels * time * 4 // in_channels, out_channels, time
+
+    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A layer of a stream, because a clip starts differently; its past holds nothing."""
+        y = x.repeat_interleave(self.repeats, dim=1).unflatten(1, (self.out_channels, self.time, 2, 2))
+        y = y.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return (y[:, :, self.time - 1 :] if past is None else y), x.new_empty(0)
+
+
+class ResidualDownBlock(nn.Module):
+    """The levels of the Wan 2.2 encoder: residual blocks and a halving, with a shortcut around all of it."""
+
+    def __init__(self, in_channels: int, out_channels: int, resnets: int, downsampler: Resample | None) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * resnets
+        time = 2 if downsampler is not None and downsampler.time_conv is not None else 1
+        self.avg_shortcut = DownShortcut(in_channels, out_channels, time, 1 if downsampler is None else 2)
+        self.resnets = nn.ModuleList([ResidualBlock(a, b) for a, b in pairwise(widths)])
+        self.downsampler = downsampler
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        h = x
+        for resnet in self.resnets:
+            h = resnet(h, stream)
+        if self.downsampler is not None:
+            h = self.downsampler(h, stream)
+        return h + self.avg_shortcut(x)
+
+
+class ResidualUpBlock(nn.Module):
+    """The levels of the Wan 2.2 decoder: residual blocks and a doubling, with a shortcut around it; the last level
+    neither doubles nor has a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, resnets: int, upsampler: Resample | None) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * resnets
+        self.resnets = nn.ModuleList([ResidualBlock(a, b) for a, b in pairwise(widths)])
+        self.upsampler = upsampler
+        self.avg_shortcut = None
+        if upsampler is not None:
+            time = 2 if upsampler.time_conv is not None else 1
+            self.avg_shortcut = UpShortcut(in_channels, out_channels, time)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        h = x
+        for resnet in self.resnets:
+            h = resnet(h, stream)
+        if self.upsampler is None or self.avg_shortcut is None:
+            return h
+        return self.upsampler(h, stream) + stream(self.avg_shortcut, x)
+
+
 class MidBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -151,8 +227,12 @@ class Encoder(nn.Module):
         widths = [params.base_dim * mult for mult in (1, *params.dim_mult)]
         self.conv_in = CausalConv3d(params.in_channels, widths[0], (3, 3, 3))
         blocks: list[nn.Module] = []
-        for level, width in enumerate(widths[1:]):
-            previous = widths[level]
+        for level, (previous, width) in enumerate(pairwise(widths)):
+            if params.is_residual:
+                halves = level < len(params.dim_mult) - 1
+                half = Resample(width, up=False, temporal=params.temperal_downsample[level]) if halves else None
+                blocks.append(ResidualDownBlock(previous, width, params.num_res_blocks, half))
+                continue
             for _ in range(params.num_res_blocks):
                 blocks.append(ResidualBlock(previous, width))
                 if 2.0**-level in params.attn_scales:
@@ -182,12 +262,17 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(widths[0])
         self.up_blocks = nn.ModuleList([])
         for level in range(levels):
-            # An upsampler halves the channels it hands on.
-            previous = widths[level] if level == 0 else widths[level] // 2
-            width = widths[level + 1]
-            temporal = level < levels - 1 and params.temperal_downsample[levels - 2 - level]
-            upsampler = Resample(width, up=True, temporal=temporal) if level < levels - 1 else None
-            self.up_blocks.append(UpBlock(previous, width, params.num_res_blocks + 1, upsampler))
+            previous, width = widths[level : level + 2]
+            doubles = level < levels - 1
+            temporal = doubles and params.temperal_downsample[levels - 2 - level]
+            narrow = width if params.is_residual else width // 2
+            upsampler = Resample(width, up=True, temporal=temporal, out_channels=narrow) if doubles else None
+            resnets = params.num_res_blocks + 1
+            if params.is_residual:
+                self.up_blocks.append(ResidualUpBlock(previous, width, resnets, upsampler))
+            else:
+                # An upsampler halves the channels it hands on.
+                self.up_blocks.append(UpBlock(previous if level == 0 else previous // 2, width, resnets, upsampler))
         self.norm_out = RMSNorm(widths[-1], 3)
         self.conv_out = CausalConv3d(widths[-1], params.out_channels, (3, 3, 3))
 
@@ -211,23 +296,35 @@ class WanVAE(nn.Module):
         self.decoder = Decoder(params)
 
     def encode(self, video: Tensor, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
-        """A whole clip, video [B, 3, F, H, W] in [-1, 1] -> (mean, logvar), each [B, z, f, h, w].
+        """A whole clip, video [B, 3, F, H, W] in [-1, 1] -> (mean, logvar), each [B, z, f, h, w], in the dtype of the
+        encoder's weights.
 
         F = 1 + k x temporal factor. logvar is clamped to [-30, 20]. `tiling` is (tile height, tile width, stride
-        height, stride width) in pixels, or with `patch_size` in unshuffled pixels: that is how diffusers counts here.
+        height, stride width); a picture of at most that many pixels is encoded whole. With `patch_size` tiles are cut
+        from unshuffled pixels: that is how diffusers counts here.
         """
-        x = F.pixel_unshuffle(_images(video), self.params.patch_size)
+        x = F.pixel_unshuffle(_images(video.to(self.quant_conv.weight.dtype)), self.params.patch_size)
         x = self._unshuffled_order(_clip(x, video.shape[0]))
-        if tiling is None or (x.shape[-2] <= tiling[0] and x.shape[-1] <= tiling[1]):
-            moments, _ = self.encode_chunk(x)
+        if tiling is None or (video.shape[-2] <= tiling[0] and video.shape[-1] <= tiling[1]):
+            moments = self._encode_stream(x)
         else:
             ratio = self.params.spatial_factor // self.params.patch_size
-            tiles = [[self.encode_chunk(tile)[0] for tile in row] for row in split(x, tiling[:2], tiling[2:])]
+            tiles = [[self._encode_stream(tile) for tile in row] for row in split(x, tiling[:2], tiling[2:])]
             height, width, down, right = (size // ratio for size in tiling)
             size = (x.shape[-2] // ratio, x.shape[-1] // ratio)
             moments = merge(tiles, (height - down, width - right), (down, right), size)
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
+
+    def _encode_stream(self, x: Tensor) -> Tensor:
+        """Moments of a whole clip, a latent frame at a time, so that memory does not grow with its length."""
+        cache: Cache | None = None
+        parts = []
+        for part in (x[:, :, :1], *x[:, :, 1:].split(self.params.temporal_factor, dim=2)):
+            if part.shape[2]:
+                moments, cache = self.encode_chunk(part, cache)
+                parts.append(moments)
+        return torch.cat(parts, dim=2)
 
     def encode_chunk(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Unshuffled frames -> (moments [B, 2 z, f, h, w], cache). With a cache F is a multiple of the temporal
