@@ -200,7 +200,8 @@ def _reference(
 
     def text_seen(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         if not trace.latents:
-            trace.texts += [row.detach().float().cpu() for row in kwargs["encoder_hidden_states"]]
+            states = kwargs["encoder_hidden_states"]
+            trace.texts += [*states.detach().float().cpu().reshape(-1, *states.shape[-2:])]
 
     def step_done(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         trace.latents.append(values["latents"].detach().float().cpu())
