@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +19,9 @@ from transformers import (
     CLIPTextModel,
     LlamaModel,
     LlavaForConditionalGeneration,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vidgen.checkpoint.folder import CheckpointFolder
 from vidgen.checkpoint.load import load_weights
@@ -69,46 +70,56 @@ class PicturePrompt(Prompt):
         return f"{super(PicturePrompt, self).digest}/{self.interleave}"
 
 
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """How a Llava takes pictures: made fit by `processor`, they stand where `token` does, as `count` tokens. The
+    processor is the one that works on PIL pictures, whatever else is installed, so that its pixels are the same
+    everywhere."""
+
+    processor: CLIPImageProcessorPil
+    token: int
+    count: int
+
+
 @dataclass
 class LlamaClipEncoder:
-    """Llama without its last layers, alone or within a Llava (then there is a `processor` for pictures), and CLIP.
-    `max_tokens` are the most that follow the template's beginning."""
+    """Llama without its last layers, alone or within a Llava (then there are `pictures`), and CLIP. `max_tokens` are
+    the most that follow the template's beginning."""
 
     llama: nn.Module
     clip: nn.Module
     tokenizer: PreTrainedTokenizerBase
     clip_tokenizer: PreTrainedTokenizerBase
     max_tokens: int
-    processor: CLIPImageProcessorPil | None = None
+    pictures: Pictures | None = None
 
     @torch.inference_mode()
     def encode(self, prompt: Prompt) -> Text:
         """Llama's states [L, D] of the prompt's tokens, behind those of the picture if there is one, and CLIP's pooled
         vector [P], in the encoders' dtypes."""
-        hidden = self._read(prompt.text) if self.processor is None else self._read_with_picture(prompt)
+        hidden = self._read(prompt.text) if self.pictures is None else self._read_with_picture(prompt, self.pictures)
         return Text(prompt.digest, hidden, len(hidden), self._pooled(prompt.text))
 
     def _read(self, text: str) -> torch.Tensor:
         ids = self._ids(TEMPLATE.format(text), CUT + self.max_tokens)
         return self._states(input_ids=ids)[CUT:]
 
-    def _read_with_picture(self, prompt: Prompt) -> torch.Tensor:
+    def _read_with_picture(self, prompt: Prompt, pictures: Pictures) -> torch.Tensor:
         """The picture's tokens stand where `<image>` does, which is one token of the text; they come first."""
-        assert prompt.image is not None and isinstance(prompt, PicturePrompt) and self.processor is not None
-        longest, pictured = PICTURE_CUT + self.max_tokens, self.llama.config.image_token_id
+        assert prompt.image is not None and isinstance(prompt, PicturePrompt)
+        longest = PICTURE_CUT + self.max_tokens
         ids = self._ids(PICTURE_TEMPLATE.format(prompt.text), longest)[0].tolist()
-        place = ids.index(pictured)
+        place = ids.index(pictures.token)
         headers = [i for i, token in enumerate(ids) if token == self.tokenizer.convert_tokens_to_ids(HEADER_END)]
         # A prompt that fills the template's room has lost the assistant's header: as many tokens go from its end.
         last = longest - 1 if len(headers) == HEADERS - 1 else headers[-1]
 
         device = next(self.llama.parameters()).device
-        pixels = self.processor(images=prompt.image, return_tensors="pt")["pixel_values"].to(device)
-        tower = self.llama.config.vision_config
-        size = (tower.image_size // tower.patch_size) ** 2
-        expanded = torch.tensor([ids[:place] + [pictured] * size + ids[place + 1 :]], device=device)
-        states = self._states(input_ids=expanded, pixel_values=pixels)
-        picture, after = states[place : place + size], states[place + size :]
+        pixels = pictures.processor(images=prompt.image, return_tensors="pt")["pixel_values"].to(device)
+        expanded = [*ids[:place], *[pictures.token] * pictures.count, *ids[place + 1 :]]
+        states = self._states(input_ids=torch.tensor([expanded], device=device), pixel_values=pixels)
+        end = place + pictures.count
+        picture, after = states[place:end], states[end:]
         begin, stop, start = (index - place - 1 for index in (PICTURE_CUT, last + 1 - HEADER_TOKENS, last + 1))
         return torch.cat([picture[:: prompt.interleave], after[begin:stop], after[start:]])
 
@@ -150,10 +161,12 @@ def load_llama_clip(
         raise CheckpointError(f"{folder.resolved.name}: image_processor has none of {shown}")
     processor = CLIPImageProcessorPil.from_pretrained(folder.local / "image_processor", local_files_only=True)
     llava = _load_llava(folder, config, dtypes["text_encoder"], device)
-    return LlamaClipEncoder(llava, clip, tokenizer, clip_tokenizer, max_tokens, processor)
+    tower = config.vision_config
+    pictures = Pictures(processor, config.image_token_index, (tower.image_size // tower.patch_size) ** 2)
+    return LlamaClipEncoder(llava, clip, tokenizer, clip_tokenizer, max_tokens, pictures)
 
 
-def _config(folder: CheckpointFolder, component: str, allowed: Sequence[str]) -> PreTrainedConfig:
+def _config(folder: CheckpointFolder, component: str, allowed: Sequence[str]) -> Any:
     assert folder.local is not None
     config = AutoConfig.from_pretrained(folder.local / component, local_files_only=True)
     if config.model_type not in allowed:
@@ -169,15 +182,14 @@ def _load_clip(folder: CheckpointFolder, dtype: torch.dtype, device: torch.devic
     with torch.device("meta"):
         model = CLIPTextModel(config)
     # Computed, not stored.
-    model.embeddings.position_ids = torch.arange(config.max_position_embeddings, device=device).unsqueeze(0)
+    positions = torch.arange(config.max_position_embeddings, device=device).unsqueeze(0)
+    model.embeddings.position_ids = nn.Buffer(positions, persistent=False)
     stored = _as_stored(folder, component, {"text_model": (model, ("text_model", ""))})
     load_weights(stored, folder, component, dtype=dtype, device=device)
     return model.eval()
 
 
-def _load_llama(
-    folder: CheckpointFolder, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str
-) -> nn.Module:
+def _load_llama(folder: CheckpointFolder, config: Any, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     with torch.device("meta"):
         model = LlamaModel(config)
     _compute_rope(model, device)
@@ -186,15 +198,14 @@ def _load_llama(
     return _shortened(model)
 
 
-def _load_llava(
-    folder: CheckpointFolder, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str
-) -> nn.Module:
+def _load_llava(folder: CheckpointFolder, config: Any, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """The language head is read, because it is in the files, and let go."""
     with torch.device("meta"):
         whole = LlavaForConditionalGeneration(config)
     llava = whole.model
     tower, language = llava.vision_tower, llava.language_model
-    tower.embeddings.position_ids = torch.arange(tower.embeddings.num_positions, device=device).unsqueeze(0)
+    positions = torch.arange(tower.embeddings.num_positions, device=device).unsqueeze(0)
+    tower.embeddings.position_ids = nn.Buffer(positions, persistent=False)
     _compute_rope(language, device)
     # transformers has put these in other places over time; published checkpoints have the first of each.
     parts = {
@@ -211,16 +222,15 @@ def _load_llava(
     return llava.eval()
 
 
-def _compute_rope(language: nn.Module, device: torch.device | str) -> None:
+def _compute_rope(language: LlamaModel, device: torch.device | str) -> None:
     """Rotary frequencies are computed, not stored, and in fp32 whatever the weights are."""
-    rotary = type(language.rotary_emb)
-    language.rotary_emb = rotary(config=language.config).to(device)
+    language.rotary_emb = LlamaRotaryEmbedding(config=language.config).to(device)
 
 
-def _shortened(language: nn.Module) -> nn.Module:
+def _shortened(language: LlamaModel) -> LlamaModel:
     """A Llama that ends where the transformer looks: before its last layers, and without the final norm."""
     language.layers = language.layers[:-SKIPPED_LAYERS]
-    language.norm = nn.Identity()
+    language.norm = nn.Identity()  # type: ignore[assignment]
     return language.eval()
 
 
