@@ -103,7 +103,10 @@ def test_stop_and_retry_and_gc_tell_a_person_what_they_did(tmp_path: Path, capsy
 def test_models_lists_every_family_with_its_tasks_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--json"]) == 0
     models = {model["family"]: model for model in json.loads(capsys.readouterr().out)}
-    assert {"wan", "testcard"} <= set(models)
-    assert models["wan"]["tasks"] == ["t2v"] and models["wan"]["defaults"]["num_frames"] == 17
+    assert {"wan", "ltx", "cogvideox", "hunyuan", "mochi", "allegro", "diffusers", "testcard"} == set(models)
+    assert models["wan"]["tasks"]["i2v"] == {"image": True, "last_image": False}
+    assert models["wan"]["checkpoint"] == "demo" and models["wan"]["defaults"]["t2v"]["num_frames"] == 17
+    assert not models["ltx"]["defaults"]
     assert main(["models"]) == 0
-    assert "wan" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "wan" in shown and "i2v (image, last_image?)" in shown

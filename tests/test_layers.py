@@ -28,7 +28,7 @@ LAYERS = [
     {"conditioning"},
     {"media"},
     {"config", "where", "identity", "nn", "sampling", "text", "checkpoint", "memory"},
-    {"config_rules", "formats", "tokens", "parallel", "family", "specs"},
+    {"config_rules", "formats", "tokens", "parallel", "family", "specs", "device"},
     {"types", "errors"},
 ]
 """Rooms from top to bottom; a room imports itself and what is below it."""

@@ -205,10 +205,11 @@ def _gc(options: argparse.Namespace) -> int:
 def _models(options: argparse.Namespace) -> int:
     from vidgen.report import models
 
+    rows = models.read(options.checkpoint)
     if options.json:
-        _print_json([asdict(row) for row in models.read()])
+        _print_json([asdict(row) for row in rows])
     else:
-        models.show(models.read(), Console())
+        models.show(rows, Console())
     return 0
 
 
@@ -301,7 +302,10 @@ def _parser() -> argparse.ArgumentParser:
     gc = output("gc", _gc, "remove objects that no commit names")
     gc.add_argument("--older-than", type=_age, default=24 * 3600.0, help="age: 24h, 90m, 2d (default 24h)")
     gc.add_argument("--dry-run", action="store_true", help="only count them")
-    command("models", _models, "families, tasks, limits, defaults")
+    models = command("models", _models, "families, tasks, parameters, and the defaults of a checkpoint")
+    models.add_argument(
+        "checkpoint", nargs="?", default="demo", help="demo, a folder, a hub id, or any URL of a folder"
+    )
     parity = command("parity", _parity, "native against diffusers, stage by stage, on this machine")
     parity.add_argument("checkpoint", help="demo, a folder, a hub id, or any URL of a folder")
     parity.add_argument(

@@ -25,6 +25,7 @@ from vidgen.checkpoint.adapter import open_adapter
 from vidgen.checkpoint.folder import CheckpointFolder, open_checkpoint
 from vidgen.conditioning import inspect
 from vidgen.conditioning.sources import digest_of
+from vidgen.device import device_named
 from vidgen.errors import CheckpointError, ConfigError, GenerationError, ItemError
 from vidgen.family import Spec
 from vidgen.loop import Loop
@@ -119,6 +120,12 @@ def load_model(settings: ModelSettings) -> Engine:
     if family == "auto" or families.spec(family).CHECKPOINT:
         folder = open_checkpoint(settings.checkpoint, settings.revision)
         family = families.recognise(folder.configs()["model_index"]) if family == "auto" else family
+    cache_dir = str(Path(settings.cache_dir or "~/.cache/vidgen").expanduser())
+    if importlib.util.find_spec(f"vidgen.models.{family}.binding") is not None:
+        assert folder is not None, f"{family} binds a checkpoint"
+        return _bound(folder, replace(settings, family=family, cache_dir=cache_dir))
+    if settings.pipeline is not None or settings.options:
+        raise ConfigError(f"model.pipeline, model.options: given, and {family} has none; allowed with family diffusers")
     spec = families.spec(family)
     if settings.task not in spec.TASKS:
         raise ConfigError(f"model.task: {settings.task!r} is not a task of {family}; allowed: {', '.join(spec.TASKS)}")
@@ -128,7 +135,6 @@ def load_model(settings: ModelSettings) -> Engine:
         folder = folder.with_adapters(adapters, families.adapter_names(family)) if adapters else folder
     params = spec.read(folder.configs() if folder is not None else {})
     spec.defaults(settings.task, params)  # refuses a task that this checkpoint cannot do
-    cache_dir = str(Path(settings.cache_dir or "~/.cache/vidgen").expanduser())
     settings = replace(settings, family=family, cache_dir=cache_dir)
     backend: Backend
     if importlib.util.find_spec(f"vidgen.models.{family}.backend") is not None:
@@ -143,6 +149,18 @@ def load_model(settings: ModelSettings) -> Engine:
     return Engine(family, settings.task, spec, params, backend, name, digest, gpu)
 
 
+def _bound(folder: CheckpointFolder, settings: ModelSettings) -> Engine:
+    """A family whose Spec depends on more than the checkpoint: its `binding.py` makes one of pipeline and options."""
+    family = settings.family
+    bound = importlib.import_module(f"vidgen.models.{family}.binding").bind(
+        folder, settings.pipeline, dict(settings.options)
+    )
+    bound.spec.defaults(settings.task, bound.params)  # refuses a task that the class does not do
+    backend = importlib.import_module(f"vidgen.models.{family}.backend").load(settings)
+    name = folder.resolved.name
+    return Engine(family, settings.task, bound.spec, bound.params, backend, name, bound.checkpoint_hash, backend.gpu)
+
+
 def _native(folder: CheckpointFolder, spec: Spec, params: Any, settings: ModelSettings) -> Loop:
     """The native loop over the family's `pipeline.py`."""
     _refuse(quantization=(settings.quantization, (None,)), compile=(settings.compile, ("auto", "off")))
@@ -150,7 +168,7 @@ def _native(folder: CheckpointFolder, spec: Spec, params: Any, settings: ModelSe
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     pipeline = importlib.import_module(f"vidgen.models.{settings.family}.pipeline")
-    device = _device(settings.device)
+    device = device_named(settings.device)
     loaded = pipeline.load(folder, params, task=settings.task, dtype=settings.dtype, device=device)
     return Loop(loaded, lambda request: spec.batch_key(request, params))
 
@@ -160,20 +178,6 @@ def _refuse(**options: tuple[Any, tuple[Any, ...]]) -> None:
         if value not in allowed:
             choices = ", ".join("null" if choice is None else str(choice) for choice in allowed)
             raise ConfigError(f"engine.{name}: {value!r} is not supported by the native engine; allowed: {choices}")
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"engine.device: {device!r} is not a device; allowed: auto, cpu, cuda, cuda:N") from error
-    if place.type not in ("cpu", "cuda"):
-        raise ConfigError(f"engine.device: {device!r} is not supported; allowed: auto, cpu, cuda, cuda:N")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"engine.device: {device!r} is not there; this machine has {torch.cuda.device_count()} GPUs")
-    return place
 
 
 def _check(folder: CheckpointFolder, family: str, spec: Spec, expected_hash: str | None) -> None:

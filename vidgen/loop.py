@@ -9,7 +9,6 @@ import itertools
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +19,8 @@ import torch
 
 from vidgen.conditioning import Conditioning
 from vidgen.conditioning import read as read_media
-from vidgen.errors import Cancelled, CapacityError, ItemError
+from vidgen.device import memory_errors
+from vidgen.errors import Cancelled, ItemError
 from vidgen.parallel import IDENTITY, ContextParallel
 from vidgen.sampling.step import Draws, Guidance, History, Sampler, Schedule, Start, guide
 from vidgen.types import Hooks, Request, Video
@@ -174,7 +174,7 @@ class Loop:
             yield from self._batch(group, hooks)
 
     def _batch(self, requests: Sequence[Request], hooks: Hooks) -> Iterator[Video]:
-        with _memory_errors(self.pipeline.device, f"a batch of {len(requests)}: {_shape(requests[0])}"):
+        with memory_errors(self.pipeline.device, f"a batch of {len(requests)}: {_shape(requests[0])}"):
             latents, draws, seconds, counts = self._denoised(requests, hooks)
         for b, request in enumerate(requests):
             video = Video(
@@ -245,7 +245,7 @@ class Loop:
         """uint8 [n, height, width, 3] chunks of one item."""
         clock, done, request = _Clock(self.pipeline.device), 0, video.request
         video.seconds["decode"] = 0.0
-        with _memory_errors(self.pipeline.device, f"decoding {_shape(request)}"):
+        with memory_errors(self.pipeline.device, f"decoding {_shape(request)}"):
             for chunk in self.pipeline.decode(latents, request, draws):
                 _check_finite(chunk[None], [request], "decoded frames")
                 frames = (chunk * 255).round().to(torch.uint8).cpu().numpy()
@@ -269,24 +269,6 @@ class _Clock:
         now = time.perf_counter()
         passed, self._last = now - self._last, now
         return passed
-
-
-@contextmanager
-def _memory_errors(device: torch.device, what: str) -> Iterator[None]:
-    """Turns every way of running out of memory into CapacityError, with the numbers."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        text = str(error)
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        text = str(error)
-    else:
-        return
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    raise CapacityError(f"out of memory with {what}: {' '.join(text.split())}")
 
 
 def _check_finite(values: torch.Tensor, requests: Sequence[Request], what: str) -> None:

@@ -85,9 +85,11 @@ def test_a_replica_whose_checkpoint_is_another_never_becomes_ready(tmp_path: Pat
     objects = Objects(config.output.path)
     objects.put("epochs/probe", b"seen")
     planned = build_plan(config, objects).plan.checkpoint_hash
-    settings = replace(settings_for(config, objects), checkpoint_hash=planned)
+    settings = settings_for(config, objects)
+    settings = replace(settings, model=replace(settings.model, expected_hash=planned))
     right = Worker("r0", "node", settings)
     assert right.start() == "node"
     right.close()
     with pytest.raises(CheckpointError, match=planned[:8]):
-        Worker("r0", "node", replace(settings, checkpoint=str(build(tmp_path / "other", seed=1)))).start()
+        other = replace(settings.model, checkpoint=str(build(tmp_path / "other", seed=1)))
+        Worker("r0", "node", replace(settings, model=other)).start()

@@ -221,7 +221,7 @@ class CheckpointFolder:
 
     def _shard_digest(self, path: str, size: int) -> bytes:
         self._header_bytes(path, size)
-        return _digest(self.fs, f"{self.root}/{path}", path, size)
+        return block_digest(self.fs, f"{self.root}/{path}", path, size)
 
     def _header_bytes(self, path: str, size: int) -> int:
         """Length of a safetensors file's header."""
@@ -293,7 +293,7 @@ class CheckpointFolder:
             part.unlink()
             raise CheckpointError(f"{self.resolved.name}: {path} came with {found:,} bytes; its source has {size:,}")
         shard = path.endswith(".safetensors")
-        if shard and _digest(LocalFileSystem(), str(part), path, size) != self._shard_digest(path, size):
+        if shard and block_digest(LocalFileSystem(), str(part), path, size) != self._shard_digest(path, size):
             part.unlink()
             raise CheckpointError(f"{self.resolved.name}: the copy of {path} differs from its source")
         with part.open("rb") as written:
@@ -328,7 +328,7 @@ def open_checkpoint(checkpoint: str, revision: str | None = None) -> CheckpointF
     `revision` (branch, tag or commit) is for hub ids, which are resolved to their commit here. CheckpointError says
     what was looked for and where.
     """
-    if _is_hub_id(checkpoint):
+    if is_hub_id(checkpoint):
         return _open_hub(checkpoint, revision or "main")
     if revision is not None:
         raise CheckpointError(f"revision {revision!r} is for checkpoints on the hub; {checkpoint!r} is not one")
@@ -344,7 +344,7 @@ def open_checkpoint(checkpoint: str, revision: str | None = None) -> CheckpointF
     return _open_folder(str(Path(checkpoint).absolute()), LocalFileSystem(), str(Path(checkpoint).absolute()), "")
 
 
-def _is_hub_id(checkpoint: str) -> bool:
+def is_hub_id(checkpoint: str) -> bool:
     return HUB_ID.fullmatch(checkpoint) is not None and not Path(checkpoint).exists()
 
 
@@ -408,7 +408,7 @@ def _fetched(found: Adapter, cache_dir: Path) -> Adapter:
 
 def _adapter_digest(found: Adapter) -> str:
     """The same wherever the file lies and whatever it is called."""
-    return _digest(found.fs, found.place, "adapter", found.size).hex()
+    return block_digest(found.fs, found.place, "adapter", found.size).hex()
 
 
 def _add(total: Any, path: str, content: bytes) -> None:
@@ -416,7 +416,7 @@ def _add(total: Any, path: str, content: bytes) -> None:
     total.update(content)
 
 
-def _digest(fs: fsspec.AbstractFileSystem, where: str, path: str, size: int) -> bytes:
+def block_digest(fs: fsspec.AbstractFileSystem, where: str, path: str, size: int) -> bytes:
     """Digest of the shard `path`, of `size` bytes, that lies at `where`: size, header, blocks."""
     header = 8 + int.from_bytes(fs.cat_file(where, 0, 8), "little")
     starts = [_place(path, size, k) for k in range(BLOCKS)]

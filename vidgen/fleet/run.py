@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from vidgen import family, manifest
-from vidgen.config import JobConfig, loras
+from vidgen.config import JobConfig, loras, model_options
 from vidgen.errors import ConfigError, UserError
 from vidgen.fleet import cluster
 from vidgen.fleet.dispatch import Rules
@@ -143,6 +143,7 @@ def _settings(run: Run, lease: epochs.Lease, device: str, threads: int | None) -
             revision=plan.resolved["model"]["revision"],
             loras=loras(config),
             pipeline=config.model.pipeline,
+            options=model_options(config),
             dtype=config.model.dtype,
             device=device,
             offload=config.engine.offload,

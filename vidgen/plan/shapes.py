@@ -197,7 +197,7 @@ class Shaper:
 
     def _spec_hash(self, request: Request) -> str:
         config, model = self.config, self.model
-        inexact = {}
+        inexact = dict(model.switches)
         if config.engine.quantization is not None:
             inexact["quantization"] = config.engine.quantization
         if config.engine.attention in INEXACT_ATTENTION:

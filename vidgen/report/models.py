@@ -1,4 +1,4 @@
-"""`vidgen models`: what each family's folder says of itself."""
+"""`vidgen models`: what each family's folder says of itself, and the defaults of one checkpoint by task."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from vidgen import family
@@ -15,56 +16,72 @@ from vidgen.errors import UserError
 
 @dataclass(slots=True)
 class Model:
-    """One family: its tasks, and the defaults of the checkpoint that comes with vidgen, where it is of this family."""
+    """One family: its tasks with the media each takes (true: it needs it), and for the family of the checkpoint asked
+    about, that checkpoint's defaults by task."""
 
     family: str
-    tasks: tuple[str, ...]
+    tasks: dict[str, dict[str, bool]]
     pipelines: tuple[str, ...]
     samplers: tuple[str, ...]
     params: dict[str, str]
     revision: int
-    defaults: dict[str, Any] = field(default_factory=dict)
     checkpoint: str = ""
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def read() -> list[Model]:
-    """All families there are."""
-    return [_model(name) for name in family.families()]
+def read(checkpoint: str = "demo") -> list[Model]:
+    """All families there are; UserError if the checkpoint is of none of them."""
+    folder = open_checkpoint(checkpoint)
+    configs = folder.configs()
+    owner = family.recognise(configs["model_index"])
+    rows = [_model(name) for name in family.families()]
+    for row in rows:
+        spec = family.spec(row.family)
+        if row.family == owner:
+            row.checkpoint = folder.resolved.name
+        if row.family != owner and spec.CHECKPOINT:
+            continue
+        params = spec.read(configs if row.family == owner else {})
+        for task in spec.TASKS:
+            try:
+                row.defaults[task] = spec.defaults(task, params)
+            except UserError:
+                continue  # another kind of checkpoint does this task
+    return rows
 
 
 def show(rows: list[Model], console: Console) -> None:
-    table = Table("family", "tasks", "checkpoints of", "samplers", "params", "defaults")
     for row in rows:
-        defaults = ", ".join(f"{key}={value}" for key, value in row.defaults.items() if value not in (None, "", {}))
-        table.add_row(
-            row.family,
-            ", ".join(row.tasks),
-            ", ".join(row.pipelines) or "no weights",
-            ", ".join(row.samplers),
-            ", ".join(f"{name}: {kind}" for name, kind in row.params.items()),
-            defaults + (f" (checkpoint {row.checkpoint})" if row.checkpoint else ""),
-        )
-    console.print(table)
+        console.print(f"[bold]{row.family}[/bold]  {', '.join(_task(*entry) for entry in row.tasks.items())}")
+        table = Table.grid(padding=(0, 2))
+        table.add_row("checkpoints", ", ".join(row.pipelines) or _without_classes(row.family))
+        if row.samplers:
+            table.add_row("samplers", ", ".join(row.samplers))
+        if row.params:
+            table.add_row("params", ", ".join(f"{name}: {kind}" for name, kind in row.params.items()))
+        for task, values in row.defaults.items():
+            shown = ", ".join(f"{key}={value}" for key, value in values.items() if value not in (None, "", {}))
+            table.add_row(f"{task} defaults", shown + (f"  (of {row.checkpoint})" if row.checkpoint else ""))
+        console.print(Padding(table, (0, 0, 1, 2)), highlight=False)
+    console.print("vidgen models CHECKPOINT: the defaults of that checkpoint", style="dim")
+
+
+def _task(task: str, media: dict[str, bool]) -> str:
+    wanted = [name if required else f"{name}?" for name, required in media.items()]
+    return f"{task} ({', '.join(wanted)})" if wanted else task
+
+
+def _without_classes(name: str) -> str:
+    return "any video pipeline of the diffusers library" if family.spec(name).CHECKPOINT else "none needed"
 
 
 def _model(name: str) -> Model:
     spec = family.spec(name)
-    row = Model(
-        name,
-        tuple(spec.TASKS),
-        tuple(spec.PIPELINES),
-        spec.SAMPLERS,
-        {key: kind.__name__ for key, kind in spec.PARAMS.items()},
-        spec.REVISION,
+    return Model(
+        family=name,
+        tasks={task: dict(media) for task, media in spec.TASKS.items()},
+        pipelines=tuple(spec.PIPELINES),
+        samplers=spec.SAMPLERS,
+        params={key: kind.__name__ for key, kind in spec.PARAMS.items()},
+        revision=spec.REVISION,
     )
-    configs: dict[str, Any] = {}
-    if spec.CHECKPOINT:
-        try:
-            configs = open_checkpoint("demo").configs()
-        except UserError:
-            return row
-        if configs["model_index"].get("_class_name") not in spec.PIPELINES:
-            return row
-        row.checkpoint = "demo"
-    row.defaults = spec.defaults(row.tasks[0], spec.read(configs))
-    return row
