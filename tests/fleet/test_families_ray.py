@@ -20,6 +20,7 @@ from tests.models.case import Case, cases
 from vidgen import family, media
 from vidgen.checkpoint.folder import open_checkpoint
 from vidgen.fleet import run as fleet
+from vidgen.report import status
 from vidgen.report.verify import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -77,6 +78,6 @@ def test_a_dataset_becomes_videos_and_a_manifest(name: str, address: str, tmp_pa
     }
     config.write_text(yaml.safe_dump(job))
     _, outcome = fleet.generate(str(config), [], fleet.Options(address=address, takeover=False, quiet=True))
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, [failure.error for failure in status.read(str(tmp_path / "out")).failures]
     verdict = verify(str(tmp_path / "out"), strict=True)
     assert verdict.ok and verdict.done == ROWS, verdict.problems

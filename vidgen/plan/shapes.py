@@ -106,7 +106,7 @@ class Shaper:
         sampling = to_dict(self.config)["sampling"]
         base = {name: defaults.get(name) for name in sampling if name not in ("seed", "params")}
         base.update({name: v for name, v in sampling.items() if name in base and v is not None})
-        given = {f"params.{name}": value for name, value in sampling["params"].items()}
+        given = {f"params.{name}": value for name, value in sampling["params"].items() if value is not None}
         for name, value in given.items():
             self._check_param(name, value, f"sampling.{name}")
         params = {f"params.{name}": value for name, value in (defaults.get("params") or {}).items()}
