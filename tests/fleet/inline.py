@@ -119,6 +119,7 @@ def settings_for(config: configuration.JobConfig, objects: Objects) -> Settings:
             task=config.model.task,
             loras=configuration.loras(config),
             pipeline=config.model.pipeline,
+            options=configuration.model_options(config),
             dtype=config.model.dtype,
             device="cpu",
             threads=1,

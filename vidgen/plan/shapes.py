@@ -133,8 +133,10 @@ class Shaper:
         """What no cell can mend is the configuration's mistake."""
         if self.fields:
             return
-        for variant, shape in zip(self.variants, self.shapes((), self.required), strict=True):
-            if shape.reasons:
+        mapped = tuple(n for n in MEDIA_FIELDS if n in self.required or n in self.config.dataset.columns)
+        most = self.shapes((), mapped)
+        for variant, shape, filled in zip(self.variants, self.shapes((), self.required), most, strict=True):
+            if shape.reasons and filled.reasons:
                 where = f"sweep variant {json.dumps(variant)}" if variant else "sampling"
                 raise ConfigError("\n".join(f"{where}: {reason}" for reason in shape.reasons))
 
