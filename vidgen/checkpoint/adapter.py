@@ -92,10 +92,10 @@ def open_adapter(path: str, weight: float = 1.0, component: str | None = None) -
     fs, place = _find(path)
     try:
         size = int(fs.size(place))
-        length = int.from_bytes(fs.cat_file(place, 0, 8), "little")
+        length = int.from_bytes(fs.cat_file(place, start=0, end=8), "little")
         if not 0 < length <= size - 8:
             raise ValueError("its header is longer than the file")
-        header = json.loads(fs.cat_file(place, 8, 8 + length))
+        header = json.loads(fs.cat_file(place, start=8, end=8 + length))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"model.loras: {path} is not a safetensors file: {error}") from error
     metadata = header.pop("__metadata__", None) or {}

@@ -171,7 +171,7 @@ class CheckpointFolder:
         for path, size in self.weights(component).items():
             length = self._header_bytes(path, size)
             try:
-                header = json.loads(self.fs.cat_file(f"{self.root}/{path}", 8, 8 + length))
+                header = json.loads(self.fs.cat_file(f"{self.root}/{path}", start=8, end=8 + length))
                 header.pop("__metadata__", None)
                 found |= {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -227,7 +227,7 @@ class CheckpointFolder:
         """Length of a safetensors file's header."""
         if size < 8:
             raise CheckpointError(f"{self.resolved.name}: {path} is not a safetensors file: it has {size} bytes")
-        length = int.from_bytes(self.fs.cat_file(f"{self.root}/{path}", 0, 8), "little")
+        length = int.from_bytes(self.fs.cat_file(f"{self.root}/{path}", start=0, end=8), "little")
         if 8 + length > size:
             raise CheckpointError(f"{self.resolved.name}: {path} is damaged: its header is longer than the file")
         return length
@@ -418,7 +418,7 @@ def _add(total: Any, path: str, content: bytes) -> None:
 
 def block_digest(fs: fsspec.AbstractFileSystem, where: str, path: str, size: int) -> bytes:
     """Digest of the shard `path`, of `size` bytes, that lies at `where`: size, header, blocks."""
-    header = 8 + int.from_bytes(fs.cat_file(where, 0, 8), "little")
+    header = 8 + int.from_bytes(fs.cat_file(where, start=0, end=8), "little")
     starts = [_place(path, size, k) for k in range(BLOCKS)]
     ends = [min(size, start + BLOCK_BYTES) for start in starts]
     starts, ends = [0, *starts], [min(size, header), *ends]
