@@ -6,13 +6,20 @@ Modes are subcommands, one function each.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
+import json
+import math
+import multiprocessing
 import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +28,12 @@ import pyarrow.parquet as pq
 from vidgen.config import from_dict
 from vidgen.plan.build import build
 from vidgen.plan.files import read_items
+from vidgen.store import commits, ledger, state
 from vidgen.store.objects import Objects
+from vidgen.types import Record
 
+LEDGER_RECORDS = 5_000
+"""Commits of a ledger part, as a driver writes them."""
 SUBJECTS = ("fox", "river", "old lighthouse", "paper boat", "market at dusk", "dancer", "glass city", "snowfield")
 
 
@@ -61,7 +72,6 @@ def dispatch(arguments: argparse.Namespace) -> None:
     import ray
 
     from vidgen.fleet import run as fleet
-    from vidgen.store import ledger
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "prompts.parquet")
@@ -95,6 +105,85 @@ def dispatch(arguments: argparse.Namespace) -> None:
         print(f"ratio: {ours / theirs:.2f}")
 
 
+def resume(arguments: argparse.Namespace) -> None:
+    """Opens a run of many commits as a driver does after a crash: seconds, requests, peak memory.
+
+    Once as a killed driver leaves it, its last commits in no ledger part, and once without any ledger. `--output` is
+    an empty place (default: a folder of this machine), such as s3://bucket/run with AWS_ENDPOINT_URL of a moto server.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        objects = Objects(arguments.output or folder)
+        started = time.perf_counter()
+        _fill(objects, arguments.commits, arguments.loose)
+        where = "local disk" if objects.local else arguments.output
+        print(f"resume: {arguments.commits:,} commits on {where}, made in {time.perf_counter() - started:.0f} s")
+        _measure_resume(objects, arguments.commits, f"{arguments.loose:,} commits in no ledger part")
+        for entry in objects.list("ledger"):
+            objects.delete(entry.path)
+        _measure_resume(objects, arguments.commits, "no ledger")
+
+
+def _fill(objects: Objects, count: int, loose: int) -> None:
+    """Commits and, but for the last `loose`, ledger parts of a run, without the checks that make writing them slow."""
+
+    def write(one: Record) -> None:
+        path, data = commits.commit_path(0, one.item_id), json.dumps({**one.to_dict(), "token": "t"}).encode()
+        if objects.local:
+            Path(objects.path(path)).parent.mkdir(parents=True, exist_ok=True)
+            Path(objects.path(path)).write_bytes(data)
+        else:
+            objects.put(path, data)
+
+    for first in range(0, count, LEDGER_RECORDS):
+        ordinals = range(first, min(first + LEDGER_RECORDS, count))
+        ids = [hashlib.sha256(str(ordinal).encode()).hexdigest()[:32] for ordinal in ordinals]
+        records = [
+            Record(
+                item_id, ordinal, "done", 0, 1, video=commits.video_path(item_id, item_id, "mp4"), sha256=item_id * 2
+            )
+            for ordinal, item_id in zip(ordinals, ids, strict=True)
+        ]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(write, records))
+        named = [one for one in records if one.ordinal < count - loose]
+        if named:
+            ledger.write_part(objects, named)
+
+
+def _measure_resume(objects: Objects, count: int, what: str) -> None:
+    """In a process of its own, so that its memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        seconds, before, peak, calls = pool.submit(_load, objects.url, count).result()
+    asked = ", ".join(f"{number:,} {verb}" for verb, number in sorted(calls.items()))
+    print(
+        f"  {what}: {seconds:.1f} s = {count / seconds:,.0f} commits/s, peak RSS {peak:,.0f} MiB "
+        f"({before:,.0f} before), "
+        f"{sum(calls.values()):,} requests: {asked}"
+    )
+
+
+def _load(url: str, count: int) -> tuple[float, float, float, Counter[str]]:
+    """Seconds, memory before and at most, and how often each verb of the store was used."""
+    objects, calls = Objects(url), Counter[str]()
+    objects.exists("plan/0/PLAN.json")  # opens the connection
+
+    def counted(verb: str, act: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[verb] += 1
+            return act(*arguments)
+
+        return call
+
+    for verb in ("create", "put", "read", "head", "page", "delete"):
+        setattr(objects.kind, verb, counted(verb, getattr(objects.kind, verb)))
+    before, started = _peak_rss(), time.perf_counter()
+    held = state.load(objects, count, compact=True)
+    seconds = time.perf_counter() - started
+    if held.count("done") != count:
+        raise SystemExit(f"{held.count('done'):,} of {count:,} commits were found")
+    return seconds, before, _peak_rss(), calls
+
+
 def _ray_data(source: Path, folder: str, data: bytes, replicas: int) -> list[float]:
     """Ray Data's way to do it: read Parquet, an actor pool writes ready bytes, a file a row. Times of writing."""
     import ray.data
@@ -110,6 +199,74 @@ def _ray_data(source: Path, folder: str, data: bytes, replicas: int) -> list[flo
     rows = ray.data.read_parquet(str(source))
     made = rows.map_batches(Write, concurrency=replicas, batch_size=32, num_cpus=0.5)
     return [float(row["at"]) for row in made.iter_rows()]
+
+
+def tail(arguments: argparse.Namespace) -> None:
+    """What merging idle GPUs into gangs for the last items would gain over one replica a GPU: a simulation, no run."""
+    from vidgen.store import ledger
+
+    draw = np.random.default_rng(0)
+    costs = {name: draw.choice(kinds, 10_000, p=shares).tolist() for name, (kinds, shares) in PUBLISHED.items()}
+    if arguments.output:
+        records = [r for table in ledger.read_tables(Objects(arguments.output)) for r in ledger.to_records(table)]
+        made = [r.encode_s + r.denoise_s + r.decode_s for r in records if r.status == "done" and r.context == 1]
+        if not made:
+            raise SystemExit(f"{arguments.output}: its ledger has no item that one GPU made")
+        costs = {f"{len(made):,} recorded items": made}
+    print(
+        f"simulated: longest first; a gang of 8 is {arguments.efficiency:.0%} efficient (of 2 and 4 in proportion); "
+        f"{arguments.load:g} s to load the model anew, and again for each gang; an item goes on from its saved state"
+    )
+    print(f"{'costs':34} {'GPUs':>5} {'items':>7} {'one a GPU':>10} {'merged':>10} {'gain':>6} {'gangs':>6}")
+    for name, known in costs.items():
+        for gpus in (8, 64):
+            for share in (0.6, 1.1, 3.5, 10.5, 100.5):
+                chosen = draw.choice(known, max(1, int(gpus * share))) * draw.normal(
+                    1.0, 0.02, max(1, int(gpus * share))
+                )
+                single, _ = drain(chosen.tolist(), gpus, arguments.load, arguments.efficiency, largest=1)
+                merged, gangs = drain(chosen.tolist(), gpus, arguments.load, arguments.efficiency, largest=8)
+                hours = f"{single / 3600:8.2f} h {merged / 3600:8.2f} h"
+                print(f"{name:34} {gpus:5} {len(chosen):7,} {hours} {1 - merged / single:6.1%} {gangs:6}")
+
+
+PUBLISHED = {
+    "Wan 14B I2V 480p (446 s)": ([446.0], [1.0]),
+    "1.3B, 14B 480p, Hunyuan 720p": ([47.8, 446.0, 945.0], [0.7, 0.25, 0.05]),
+}
+"""Seconds an item on one H100 or H200, as others published them (50 steps; SGLang 47.8 s, xDiT 8.93 s a step, FastVideo
+945 s), and the share of the items that cost it."""
+
+
+def drain(costs: list[float], gpus: int, load: float, efficiency: float, largest: int) -> tuple[float, int]:
+    """(Seconds until the last item is made, gangs built.) `costs` are seconds on one GPU; `largest` 1 is one replica a
+    GPU. Once nothing waits, the item that would be last gets the idle GPUs, in gangs of powers of two up to `largest`,
+    where that pays although each gang loads the model for `load` seconds before it goes on."""
+
+    def speed(degree: int) -> float:
+        return degree * efficiency ** (math.log2(degree) / 3)
+
+    waiting = sorted(costs)
+    running: list[tuple[float, int, float]] = []  # (when it ends, GPUs, when they have loaded)
+    now, idle, gangs = load, gpus, 0
+    while waiting or running:
+        while waiting and idle:
+            running.append((now + waiting.pop(), 1, now))
+            idle -= 1
+        while running:
+            last = end, degree, loaded = max(running)
+            left = (end - max(now, loaded)) * speed(degree)
+            wider = [2**n for n in range(1, 8) if degree < 2**n <= min(largest, degree + idle)]
+            sooner, wanted = min(((now + load + left / speed(size), size) for size in wider), default=(end, degree))
+            if sooner >= end:
+                break
+            running.remove(last)
+            running.append((sooner, wanted, now + load))
+            idle, gangs = idle - (wanted - degree), gangs + 1
+        now = min(running)[0]
+        idle += sum(degree for end, degree, _ in running if end == now)
+        running = [one for one in running if one[0] != now]
+    return now, gangs
 
 
 def _rate(times: list[float]) -> float:
@@ -162,6 +319,16 @@ def main() -> None:
     dispatching = mode(dispatch)
     dispatching.add_argument("--items", type=int, default=10_000)
     dispatching.add_argument("--replicas", type=int, default=2)
+
+    ending = mode(tail)
+    ending.add_argument("--output", help="a finished run, whose recorded seconds are taken; else published ones")
+    ending.add_argument("--load", type=float, default=60.0, help="seconds to load the model")
+    ending.add_argument("--efficiency", type=float, default=0.64, help="of a gang of 8 (engines reach 0.31 to 0.86)")
+
+    resuming = mode(resume)
+    resuming.add_argument("--commits", type=int, default=200_000)
+    resuming.add_argument("--loose", type=int, default=5_000, help="commits that no ledger part names")
+    resuming.add_argument("--output", help="an empty place below any fsspec URL (default: a temporary folder)")
 
     arguments = parser.parse_args()
     arguments.function(arguments)

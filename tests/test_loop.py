@@ -77,7 +77,7 @@ class Mock:
 
         return step
 
-    def decode(self, latents: torch.Tensor, request: Request, draws: Draws) -> Iterator[torch.Tensor]:
+    def decode(self, latents: torch.Tensor, request: Request, draws: Draws, ranks: Any) -> Iterator[torch.Tensor]:
         for _ in range(request.num_frames):
             self.decoded += 1
             yield self.break_frames(torch.sigmoid(latents[0, :, :, None]).expand(2, 3, 3)[None])

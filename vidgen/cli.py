@@ -17,10 +17,10 @@ from typing import Any
 from rich.console import Console
 
 from vidgen import VERSION
-from vidgen.errors import UserError
+from vidgen.errors import InfrastructureError, UserError
 
 Command = Callable[[argparse.Namespace], int]
-USAGE, FAILED, SOME_FAILED, HELD, INTERRUPTED = 2, 1, 3, 75, 130
+USAGE, FAILED, SOME_FAILED, RESUMABLE, HELD, INTERRUPTED = 2, 1, 3, 5, 75, 130
 REPORT_ITEMS = 1_000
 """`generate` makes the report of a run up to this size by itself."""
 
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(options.run(options))
     except UserError as error:
         code = _error(options, error, USAGE)
+    except InfrastructureError as error:
+        code = _error(options, error, RESUMABLE)
     except Held as error:
         code = _error(options, error, HELD)
     except KeyboardInterrupt:
@@ -88,9 +90,9 @@ def _summary(output: str, outcome: Any, page: str, plans: Sequence[Any]) -> None
     console.print(outcome.reason, style=style, markup=False, highlight=False, soft_wrap=True)
     parts = [f"{number} {name}" for name, number in {**counts, "rejected": rejected}.items() if number]
     console.print(f"  {', '.join(parts)} in {duration(outcome.elapsed)}, exit {outcome.code}", highlight=False)
-    console.print(f"  output  {output}", highlight=False, soft_wrap=True)
+    console.print(f"  output  {output}", markup=False, highlight=False, soft_wrap=True)
     if page:
-        console.print(f"  report  {page}", highlight=False, soft_wrap=True)
+        console.print(f"  report  {page}", markup=False, highlight=False, soft_wrap=True)
     following = [f"vidgen verify {output}"]
     if outcome.code in (0, SOME_FAILED) and not page:
         following.append(f"vidgen report {output}")

@@ -8,8 +8,10 @@ Refuses to know families, datasets and stores: what depends on them is checked b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -21,6 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 from vidgen.config_rules import field_names, fits, leaves, members, nearest, show, type_name, value_mistakes
 from vidgen.errors import ConfigError
 from vidgen.types import Lora
+
+BAD_YAML = (
+    *(yaml.YAMLError, OmegaConfBaseException, RecursionError, OverflowError),
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError),
+)
+"""What reading YAML raises: PyYAML lets through what `int`, `float` and dates make of a value that is none."""
+MOST_NODES = 10_000
+"""Values of one file: a few lines of aliases of aliases can mean billions."""
 
 
 @dataclass
@@ -166,7 +176,7 @@ def loras(config: JobConfig) -> tuple[Lora, ...]:
     """The adapters of `model.loras`, in their order; what is here is named absolutely, for replicas elsewhere."""
     return tuple(
         Lora(
-            str(Path(entry["path"]).absolute()) if Path(entry["path"]).exists() else entry["path"],
+            str(Path(entry["path"]).absolute()) if os.path.exists(entry["path"]) else entry["path"],
             float(entry.get("weight", 1.0)),
             entry.get("component"),
         )
@@ -185,7 +195,7 @@ def model_options(config: JobConfig) -> tuple[tuple[str, Any], ...]:
 def _absolute(place: Any) -> Any:
     if isinstance(place, Mapping):
         return {**place, "path": _absolute(place.get("path"))}
-    return str(Path(place).absolute()) if isinstance(place, str) and place and Path(place).exists() else place
+    return str(Path(place).absolute()) if isinstance(place, str) and place and os.path.exists(place) else place
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,13 +216,30 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{path}: the configuration cannot be read: {error}") from error
     try:
-        loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    values = OmegaConf.to_container(loaded, resolve=False) if OmegaConf.is_config(loaded) else loaded
-    if not isinstance(values, dict) or set(values) == {text.strip()}:
-        raise ConfigError(f"{path}: a configuration is a mapping of keys ({', '.join(field_names(JobConfig))})")
-    return cast(dict[str, Any], values)
+        root = yaml.compose(text, yaml.SafeLoader)
+        if _nodes(root, {}) > MOST_NODES:
+            raise ConfigError(f"{path}: its aliases make more than {MOST_NODES:,} values of it")
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}: a configuration is a mapping of keys ({', '.join(field_names(JobConfig))})")
+        loaded = OmegaConf.create(text if root is not None else {})
+    except ConfigError:
+        raise
+    except BAD_YAML as error:
+        raise ConfigError(f"{path}: not valid YAML: {_said(error)}") from error
+    return cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
+
+
+def _nodes(node: Any, known: dict[int, int]) -> int:
+    """Values that a YAML node stands for once its aliases are written out; RecursionError if it holds itself."""
+    if id(node) not in known:
+        inside = node.value if isinstance(node, (yaml.SequenceNode, yaml.MappingNode)) else ()
+        below = [part for entry in inside for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_nodes(part, known) for part in below)
+    return known[id(node)]
+
+
+def _said(error: Exception) -> str:
+    return "it is nested too deep, or holds itself" if isinstance(error, RecursionError) else str(error)
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -223,7 +250,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     value: Any
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
-    except (yaml.YAMLError, OmegaConfBaseException):
+    except BAD_YAML:
         value = text
     if not isinstance(value, str) and value is not None and _takes_only_text(path):
         value = text
@@ -242,10 +269,16 @@ def _takes_only_text(path: Sequence[str]) -> bool:
     return set(members(cls)) <= {str, type(None)}
 
 
+@cache
+def _schema() -> DictConfig:
+    """The schema as OmegaConf has it, made once: a merge leaves it as it is."""
+    return OmegaConf.structured(JobConfig)
+
+
 def _build(layers: Sequence[tuple[dict[str, Any], str]]) -> JobConfig:
     sources: dict[str, str] = {}
     mistakes: list[str] = []
-    merged = OmegaConf.structured(JobConfig)
+    merged: Any = _schema()
     for values, source in layers:
         mistakes += _shape_mistakes(JobConfig, values, "", source)
         sources.update({key: source for key, _ in leaves(values)})
@@ -256,9 +289,9 @@ def _build(layers: Sequence[tuple[dict[str, Any], str]]) -> JobConfig:
             last = source
             merged = OmegaConf.merge(merged, OmegaConf.create(values))
         last = layers[-1][1]
-        config = cast(JobConfig, OmegaConf.to_object(cast(DictConfig, merged)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{last}: {str(error).splitlines()[0]}") from error
+        config = cast(JobConfig, OmegaConf.to_object(merged))
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(f"{last}: {(_said(error).splitlines() or [type(error).__name__])[0]}") from error
     config.dataset.columns = flat(config.dataset.columns)
     config.sweep.over = flat(config.sweep.over)
     for key in ("vae_tiling", "compile"):  # YAML reads a bare on/off as a boolean

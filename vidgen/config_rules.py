@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 
 import fsspec
 
+from vidgen.errors import ConfigError
+from vidgen.parallel.layout import layout
+from vidgen.specs.gpus import GPUS
 from vidgen.types import MEDIA_FIELDS
 
 if TYPE_CHECKING:
@@ -35,6 +38,9 @@ COLUMN_FIELDS = (
 """Request fields that `dataset.columns` may map, beside `params.*`."""
 
 
+RELATIVE = "relative"
+"""Of `dataset.media_schemes`: a path below the dataset's own folder, of whatever scheme that is."""
+
 CHOICES: Mapping[str, tuple[Any, ...]] = {
     "model.dtype": (None, "float32", "bfloat16", "float16"),
     "dataset.on_long_prompt": ("truncate", "reject"),
@@ -43,6 +49,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.vae_tiling": ("auto", "on", "off"),
     "output.format": ("mp4", "webm", "gif", "png"),
+    "parallel.gpu": (None, *GPUS),
 }
 """Keys with a closed list of values."""
 
@@ -50,12 +57,6 @@ AVAILABLE: Mapping[str, tuple[Any, ...]] = {
     "model.pipeline": (None,),
     "model.options": ({},),
     "parallel.degree": (None, 1),
-    "parallel.context": (None, 1),
-    "parallel.ulysses": (None, 1),
-    "parallel.ring": (None, 1),
-    "parallel.cfg": (1,),
-    "parallel.by_shape": ([],),
-    "parallel.gpu": (None,),
     "engine.offload": ("none",),
     "engine.quantization": (None,),
     "engine.compile": ("auto", "off"),
@@ -75,6 +76,12 @@ DIFFUSERS: Mapping[str, tuple[Any, ...] | None] = {
     "engine.attention": None,
 }
 """What takes the place of AVAILABLE for `model.family: diffusers`; None: whatever the library knows."""
+
+MESH_KEYS = ("context", "ulysses", "ring", "cfg")
+SHAPE_KEYS = ("tokens_above", *MESH_KEYS, "replicas")
+"""What an entry of `parallel.by_shape` says: how items of more tokens than that, up to the next entry's, are made. An
+entry takes nothing from `parallel` itself, which is for the items below all of them."""
+ANY_HEADS = 10**9
 
 LEAST: Mapping[str, float] = {
     "dataset.limit": 1,
@@ -122,14 +129,71 @@ def value_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
             yield key, f"{key}: {show(value)} is too small; allowed: {least:g} or more"
     if config.sampling.fps is not None and not config.sampling.fps > 0:
         yield "sampling.fps", f"sampling.fps: {config.sampling.fps:g} is too small; allowed: more than 0"
-    for key, value in leaves(asdict(config)):
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
-            yield key, f"{key}: {show(value)} is not a finite number"
+    yield from _foreign_mistakes(asdict(config), "")
+    yield from _parallel_mistakes(config)
     yield from _lora_mistakes(config)
     yield from _scheme_mistakes(config)
     yield from _column_mistakes(config)
     yield from _sweep_mistakes(config)
+
+
+def _parallel_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
+    """Meshes that no model can have, and entries of `by_shape` that are not such as SHAPE_KEYS, rising."""
+    base = {name: _value(config, f"parallel.{name}") for name in MESH_KEYS}
+    if mistake := _mesh_mistake(base):
+        yield mistake.partition(":")[0], mistake
+    elif config.model.family == "diffusers" and (wide := [name for name in MESH_KEYS if (base[name] or 1) > 1]):
+        key = f"parallel.{wide[0]}"
+        yield key, f"{key}: {base[wide[0]]} is not available for model.family: diffusers; allowed: null, 1"
+    above = -1
+    for index, entry in enumerate(config.parallel.by_shape):
+        key, allowed = f"parallel.by_shape[{index}]", f"its keys: {', '.join(SHAPE_KEYS)}"
+        if not isinstance(entry, Mapping):
+            yield "parallel.by_shape", f"{key}: {show(entry)} is not a mapping; {allowed}"
+            continue
+        if unknown := sorted(map(str, set(entry) - set(SHAPE_KEYS))):
+            yield "parallel.by_shape", f"{key}.{unknown[0]}: unknown key; {allowed}"
+        tokens, replicas = entry.get("tokens_above"), entry.get("replicas")
+        if type(tokens) is not int or tokens <= above:
+            least = f"more than {above} of the entry before" if above >= 0 else "0 or more"
+            yield "parallel.by_shape", f"{key}.tokens_above: {show(tokens)}; allowed: a whole number, {least}"
+        else:
+            above = tokens
+        if replicas not in (None, "auto") and (type(replicas) is not int or replicas < 1):
+            yield "parallel.by_shape", f"{key}.replicas: {show(replicas)}; allowed: auto, or a whole number from 1"
+        if not any(entry.get(name) for name in MESH_KEYS):
+            yield "parallel.by_shape", f"{key}: says nothing of its replicas; one at least of {', '.join(MESH_KEYS)}"
+        elif mistake := _mesh_mistake(entry):
+            yield "parallel.by_shape", mistake.replace("parallel.", f"{key}.")
+        elif config.model.family == "diffusers":
+            yield "parallel.by_shape", f"{key}: model.family: diffusers runs on one GPU; allowed: []"
+
+
+def _mesh_mistake(mesh: Mapping[str, Any]) -> str:
+    """What is wrong with a mesh for a model of any number of heads, "" if nothing is."""
+    try:
+        layout(mesh, ANY_HEADS)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _foreign_mistakes(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """What JSON would not give back as it is, at any depth: a frozen configuration is compared with the written one."""
+    room = ".".join(key.partition("[")[0].split(".")[:2])
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if isinstance(name, str):
+                yield from _foreign_mistakes(inner, f"{key}.{name}" if key else name)
+            else:
+                yield room, f"{key}: the key {show(name)} is not text"
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from _foreign_mistakes(inner, f"{key}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield room, f"{key}: {show(value)} is not a finite number"
+    elif value is not None and not isinstance(value, (str, int, float)):
+        yield room, f"{key}: {show(value)} ({type(value).__name__}) is not text, a number, true, false or null"
 
 
 def _lora_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
@@ -150,7 +214,7 @@ def _lora_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
 
 def _scheme_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
     for scheme in config.dataset.media_schemes or []:
-        if scheme not in (known := fsspec.available_protocols()):
+        if scheme not in (known := [RELATIVE, *fsspec.available_protocols()]):
             key = "dataset.media_schemes"
             yield key, f"{key}: {show(scheme)} is not a scheme that can be opened{nearest(str(scheme), known)}"
 

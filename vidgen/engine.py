@@ -1,9 +1,15 @@
-"""One model on one GPU (or CPU): load a checkpoint, make requests, generate videos. From a notebook, three lines
-after `from vidgen import engine, media`:
+"""One model on one GPU (or CPU), or on a gang of them: load a checkpoint, make requests, generate videos. From a
+notebook, three lines after `from vidgen import engine, media`:
 
     model = engine.load("demo")
     for video in model.generate([model.request("a red circle moving left", seed=7)]):
         media.write(video, "circle.mp4")
+
+From a shell, one process, or a gang of them that share the tokens of one clip (`--context`, or `--ulysses` and
+`--ring`) and the branches of its guidance (`--cfg 2`):
+
+    python -m vidgen.engine "a red circle moving left" --out circle.mp4
+    torchrun --nproc-per-node 2 -m vidgen.engine "a red circle moving left" --out circle.mp4 --context 2
 
 Refuses to know Ray, datasets, and where videos are stored.
 """
@@ -13,10 +19,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -29,7 +36,15 @@ from vidgen.device import device_named
 from vidgen.errors import CheckpointError, ConfigError, GenerationError, ItemError
 from vidgen.family import Spec
 from vidgen.loop import Loop
+from vidgen.parallel import ALONE
+from vidgen.parallel.layout import layout
 from vidgen.types import Hooks, Media, ModelSettings, Request, Video
+
+if TYPE_CHECKING:
+    from vidgen.parallel.gang import Gang
+
+MEETING_SECONDS = 300.0
+"""Within which the processes of torchrun must have come together."""
 
 
 class Backend(Protocol):
@@ -85,6 +100,10 @@ class Engine:
         Consecutive requests of one batch key share forwards, at most `batch` of them (None: all). Results are bit for
         bit repeatable on CPU at batch 1 and a fixed number of threads. Raises ItemError (NaN), CapacityError (out of
         memory), Cancelled (a hook asked for it).
+
+        Of a gang, every rank calls this with the same requests and reads the chunks of every video: rank 0 gets the
+        frames, the others empty chunks, whose reading is their part of the decoding. Rank 0's hooks decide; those of
+        the others are told of progress alone.
         """
         hooks = hooks or Hooks()
         if isinstance(self.backend, Loop):
@@ -111,15 +130,17 @@ def load(checkpoint: str = "demo", **settings: Any) -> Engine:
     return load_model(ModelSettings(checkpoint=checkpoint, **settings))
 
 
-def load_model(settings: ModelSettings) -> Engine:
+def load_model(settings: ModelSettings, gang: Gang | None = None) -> Engine:
     """ConfigError and CheckpointError name the value and the allowed ones; an option that the engine cannot honour is
-    refused."""
+    refused. Every rank of a gang loads the model; `device` auto is then the rank's own."""
     if settings.threads is not None and settings.threads < 1:
         raise ConfigError(f"engine.threads: {settings.threads}; allowed: auto or at least 1")
     family, folder = settings.family, None
     if family == "auto" or families.spec(family).CHECKPOINT:
         folder = open_checkpoint(settings.checkpoint, settings.revision)
         family = families.recognise(folder.configs()["model_index"]) if family == "auto" else family
+    if gang is not None and gang.size > 1 and importlib.util.find_spec(f"vidgen.models.{family}.pipeline") is None:
+        raise ConfigError(f"parallel: a gang of {gang.size}; {family} runs on one GPU, allowed: context 1 and cfg 1")
     cache_dir = str(Path(settings.cache_dir or "~/.cache/vidgen").expanduser())
     if importlib.util.find_spec(f"vidgen.models.{family}.binding") is not None:
         assert folder is not None, f"{family} binds a checkpoint"
@@ -142,7 +163,7 @@ def load_model(settings: ModelSettings) -> Engine:
         gpu = str(getattr(backend, "gpu", ""))
     else:
         assert folder is not None, f"{family} has neither weights nor a backend.py"
-        backend = _native(folder.fetched(cache_dir), spec, params, settings)
+        backend = _native(folder.fetched(cache_dir), spec, params, settings, gang)
         place = backend.pipeline.device
         gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else ""
     name, digest = (folder.resolved.name, folder.hash()) if folder is not None else ("", "")
@@ -161,16 +182,20 @@ def _bound(folder: CheckpointFolder, settings: ModelSettings) -> Engine:
     return Engine(family, settings.task, bound.spec, bound.params, backend, name, bound.checkpoint_hash, backend.gpu)
 
 
-def _native(folder: CheckpointFolder, spec: Spec, params: Any, settings: ModelSettings) -> Loop:
+def _native(
+    folder: CheckpointFolder, spec: Spec, params: Any, settings: ModelSettings, gang: Gang | None = None
+) -> Loop:
     """The native loop over the family's `pipeline.py`."""
     _refuse(quantization=(settings.quantization, (None,)), compile=(settings.compile, ("auto", "off")))
     _refuse(attention=(settings.attention, ("auto", "sdpa")), offload=(settings.offload, ("none",)))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     pipeline = importlib.import_module(f"vidgen.models.{settings.family}.pipeline")
-    device = device_named(settings.device)
+    if gang is not None and gang.size == 1:
+        gang = None
+    device = device_named(settings.device) if gang is None or settings.device != "auto" else gang.device
     loaded = pipeline.load(folder, params, task=settings.task, dtype=settings.dtype, device=device)
-    return Loop(loaded, lambda request: spec.batch_key(request, params))
+    return Loop(loaded, lambda request: spec.batch_key(request, params), ALONE if gang is None else gang)
 
 
 def _refuse(**options: tuple[Any, tuple[Any, ...]]) -> None:
@@ -193,7 +218,7 @@ def _check(folder: CheckpointFolder, family: str, spec: Spec, expected_hash: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m vidgen.engine PROMPT --out VIDEO.mp4`: one video, without Ray."""
+    """`python -m vidgen.engine PROMPT --out VIDEO.mp4`: one video, without Ray; a gang of processes by torchrun."""
     from vidgen import media
     from vidgen.formats import FORMATS
 
@@ -206,19 +231,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, kind in (("seed", int), ("steps", int), ("guidance-scale", float), ("height", int), ("width", int)):
         parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--num-frames", type=int)
+    for name in ("context", "ulysses", "ring", "cfg"):
+        parser.add_argument(f"--{name}", type=int, help=f"parallel.{name}, of a gang that torchrun starts")
     given = parser.parse_args(argv)
     names = {"steps": "num_inference_steps"}
     options = ("seed", "steps", "guidance_scale", "height", "width", "num_frames")
     chosen = {names.get(name, name): value for name in options if (value := getattr(given, name)) is not None}
     try:
-        engine = load(given.checkpoint, dtype=given.dtype, device=given.device)
+        format = _format(given.out, FORMATS)
+        settings = ModelSettings(checkpoint=given.checkpoint, dtype=given.dtype, device=given.device)
+        parallel = {name: getattr(given, name) for name in ("context", "ulysses", "ring", "cfg")}
+        gang = _of_torchrun(settings, parallel)
+        engine = load_model(settings, gang)
         request = engine.request(given.prompt, **chosen)
         for video in engine.generate([request]):
-            written = media.write(video, given.out, format=_format(given.out, FORMATS))
+            if gang is not None and not gang.first:
+                assert not list(video.chunks), "frames are rank 0's"
+                continue
+            written = media.write(video, given.out, format=format)
             print(f"{given.out}: {written.frames} frames, {written.bytes:,} bytes")
+        if gang is not None:
+            gang.close()
     except (ValueError, GenerationError) as error:
         parser.exit(2, f"error: {error}\n")
     return 0
+
+
+def _of_torchrun(settings: ModelSettings, parallel: Mapping[str, int | None]) -> Gang | None:
+    """This process's place among those that torchrun started, as its environment says; None if it is alone."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1 and not any(parallel.values()):
+        return None
+    configs = open_checkpoint(settings.checkpoint, settings.revision).configs()
+    spec = families.spec(families.recognise(configs["model_index"]))
+    mesh = layout(parallel, spec.heads(spec.read(configs)), int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    if mesh.size != processes:
+        raise ConfigError(
+            f"--context, --ulysses, --ring, --cfg ask for {mesh.size} processes, and there are {processes}; start them "
+            f"with `torchrun --nproc-per-node {mesh.size} -m vidgen.engine ...`"
+        )
+    if mesh.size == 1:
+        return None
+    from vidgen.parallel.gang import join
+
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    return join(
+        int(os.environ["RANK"]),
+        mesh,
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        device=gpu if settings.device == "auto" else settings.device,
+        timeout=MEETING_SECONDS,
+    )
 
 
 def _format(out: str, formats: Mapping[str, Any]) -> str:

@@ -6,6 +6,14 @@ Refuses to know how an error is shown or counted; `vidgen.fleet.dispatch` decide
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """A text of a stranger's making as a message may quote it: what a terminal would obey (escape sequences, line
+    ends), and what turns or hides letters, is written out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(ValueError):
     """Something the user caused. The message names the file, row or key, the wrong value and the allowed ones."""
 

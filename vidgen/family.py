@@ -65,6 +65,9 @@ class Spec(Protocol):
     def weight_bytes(self, params: Any) -> int:
         """Bytes of the checkpoint's tensors in their published dtype, counted from the sizes alone."""
 
+    def heads(self, params: Any) -> int:
+        """Attention heads of the transformer, which a gang's Ulysses ranks divide; 1 for a family without any."""
+
     def text_limit(self, params: Any) -> tuple[str, int] | None:
         """(tokenizer component, most tokens a prompt may have, the closing one included), or None."""
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from vidgen.conditioning import Conditioning
 from vidgen.conditioning import read as read_media
 from vidgen.device import memory_errors
 from vidgen.errors import Cancelled, ItemError
-from vidgen.parallel import IDENTITY, ContextParallel
+from vidgen.parallel import ALONE, ContextParallel, Ranks
 from vidgen.sampling.step import Draws, Guidance, History, Sampler, Schedule, Start, guide
 from vidgen.types import Hooks, Request, Video
 
@@ -69,9 +70,10 @@ class Pipeline(Protocol):
     def sampler(self, request: Request, schedule: Schedule) -> Sampler:
         """The step function."""
 
-    def decode(self, latents: torch.Tensor, request: Request, draws: Draws) -> Iterator[torch.Tensor]:
-        """Latents [1, ...] of one item -> frames [n, height, width, 3] in [0, 1] as they come; `draws` are the item's
-        own, where denoising left them."""
+    def decode(self, latents: torch.Tensor, request: Request, draws: Draws, ranks: Ranks) -> Iterator[torch.Tensor]:
+        """Latents [1, ...] of one item -> frames [n, height, width, 3] in [0, 1] as they come, at rank 0; `draws` are
+        the item's own, where denoising left them. Other ranks decode their tiles, if there are any, and yield nothing.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,23 +122,25 @@ def denoise(
     state: State,
     draws: Draws,
     hooks: Hooks,
-    cp: ContextParallel = IDENTITY,
+    ranks: Ranks = ALONE,
 ) -> tuple[torch.Tensor, Counter[str]]:
     """Steps `state` to the end of the schedule; returns the latents [B, ...] and the forwards of each branch.
 
-    Raises Cancelled between two steps when asked to, and ItemError when latents stop being finite.
+    Raises Cancelled between two steps when asked to, and ItemError when latents stop being finite. Of a gang, rank 0
+    alone is asked, and saves; all ranks go on, or stop, together.
     """
     sampler = pipeline.sampler(requests[0], schedule)
     x, history = state.latents, state.history
     forwards: Counter[str] = Counter()
     for i in range(state.step, schedule.steps):
-        if hooks.cancelled():
+        if ranks.agree(lambda: bool(hooks.cancelled())):
             raise Cancelled(f"before step {i + 1} of {schedule.steps}")
         x = start.pinned(x)
         guidances = [pipeline.guidance(request, schedule, i) for request in requests]
         branches = guidances[0].branches
         assert all(g.branches == branches and g.expert == guidances[0].expert for g in guidances), "mixed batch"
-        predictions = [pipeline.predict(x, schedule, i, start.conditioning[branch], cp) for branch in branches]
+        predict = partial(_predicted, pipeline, x, schedule, i, start, ranks.context)
+        predictions = ranks.predictions(branches, predict)
         forwards.update(branches)
         scale = torch.tensor([g.scale for g in guidances], dtype=torch.float32, device=x.device)
         rescale = torch.tensor([g.rescale for g in guidances], dtype=torch.float32, device=x.device)
@@ -144,9 +148,25 @@ def denoise(
         x, history = sampler(x, guided, i, history, draws)
         _check_finite(x, requests, f"latents after step {i + 1} of {schedule.steps}")
         hooks.progress("denoise", i + 1, schedule.steps)
-        if hooks.save is not None:
-            hooks.save(State(i + 1, x, history, draws.state()))
+        ranks.agree(partial(_offered, hooks, i + 1, x, history, draws))
     return start.pinned(x), forwards
+
+
+def _predicted(
+    pipeline: Pipeline,
+    x: torch.Tensor,
+    schedule: Schedule,
+    i: int,
+    start: Start,
+    cp: ContextParallel,
+    branch: str,
+) -> torch.Tensor:
+    return pipeline.predict(x, schedule, i, start.conditioning[branch], cp)
+
+
+def _offered(hooks: Hooks, step: int, x: torch.Tensor, history: History, draws: Draws) -> None:
+    if hooks.save is not None:
+        hooks.save(State(step, x, history, draws.state()))
 
 
 def groups(
@@ -161,10 +181,14 @@ def groups(
 
 
 class Loop:
-    """A family's pipeline, run: batches of requests in, videos out. Keeps encoded prompts between calls."""
+    """A family's pipeline, run: batches of requests in, videos out. Keeps encoded prompts between calls.
 
-    def __init__(self, pipeline: Pipeline, batch_key: Callable[[Request], str]) -> None:
-        self.pipeline, self.batch_key = pipeline, batch_key
+    Each rank of a gang has a loop, and gets the same requests. Rank 0 alone reads media, encodes and begins; all have
+    the same latents; rank 0 alone has frames, and the others take part in their making by reading their empty chunks.
+    """
+
+    def __init__(self, pipeline: Pipeline, batch_key: Callable[[Request], str], ranks: Ranks = ALONE) -> None:
+        self.pipeline, self.batch_key, self.ranks = pipeline, batch_key, ranks
         self._texts: OrderedDict[str, Text] = OrderedDict()
 
     def generate(self, requests: Sequence[Request], hooks: Hooks, batch: int | None = None) -> Iterator[Video]:
@@ -182,6 +206,7 @@ class Loop:
                 chunks=iter(()),
                 dtype=_dtype_label(self.pipeline.dtypes),
                 batch=len(requests),
+                context=self.ranks.context.size,
                 seconds=dict(seconds),
                 counts=dict(counts),
             )
@@ -194,18 +219,25 @@ class Loop:
     ) -> tuple[torch.Tensor, Draws, dict[str, float], dict[str, int]]:
         clock = _Clock(self.pipeline.device)
         hooks.progress("encode", 0, 1)
-        media = [read_media(request) for request in requests]
-        texts, encoded = self._encode(requests, media)
         schedule = self.pipeline.schedule(requests[0])
         draws = Draws([request.seed for request in requests])
-        start = self.pipeline.begin(requests, media, texts, schedule, draws)
+        start, state, encoded = self.ranks.agree(lambda: self._begun(requests, schedule, draws, hooks))
+        draws.restore(state.generators)
         hooks.progress("encode", 1, 1)
         seconds = {"encode": clock.lap()}
-        state = self._resumed(requests, start, schedule, draws, hooks)
-        latents, forwards = denoise(self.pipeline, requests, schedule, start, state, draws, hooks)
+        latents, forwards = denoise(self.pipeline, requests, schedule, start, state, draws, hooks, self.ranks)
         seconds["denoise"] = clock.lap()
         counts = {f"{branch}_forwards": count for branch, count in forwards.items()}
         return latents, draws, seconds, {**counts, "text_encodes": encoded}
+
+    def _begun(
+        self, requests: Sequence[Request], schedule: Schedule, draws: Draws, hooks: Hooks
+    ) -> tuple[Start, State, int]:
+        """Where the batch begins, where to go on from, and how many prompts were encoded for it."""
+        media = [read_media(request) for request in requests]
+        texts, encoded = self._encode(requests, media)
+        start = self.pipeline.begin(requests, media, texts, schedule, draws)
+        return start, self._resumed(requests, start, schedule, draws, hooks), encoded
 
     def _encode(self, requests: Sequence[Request], media: Sequence[Conditioning]) -> tuple[dict[str, list[Text]], int]:
         """Encoded prompts of each branch, one a request, and how many were not in the cache."""
@@ -235,25 +267,30 @@ class Loop:
                 f"the saved state has latents {list(saved.latents.shape)} after step {saved.step}; this batch has "
                 f"{list(start.latents.shape)} and {schedule.steps} steps"
             )
-        draws.restore(saved.generators)
         device = start.latents.device
         history = {name: value.to(device) for name, value in saved.history.items()}
         return State(saved.step, saved.latents.to(device), history, saved.generators)
 
     @torch.inference_mode()
     def _frames(self, latents: torch.Tensor, draws: Draws, video: Video, hooks: Hooks) -> Iterator[np.ndarray]:
-        """uint8 [n, height, width, 3] chunks of one item."""
+        """uint8 [n, height, width, 3] chunks of one item; none but at rank 0."""
         clock, done, request = _Clock(self.pipeline.device), 0, video.request
         video.seconds["decode"] = 0.0
         with memory_errors(self.pipeline.device, f"decoding {_shape(request)}"):
-            for chunk in self.pipeline.decode(latents, request, draws):
-                _check_finite(chunk[None], [request], "decoded frames")
-                frames = (chunk * 255).round().to(torch.uint8).cpu().numpy()
-                done += len(frames)
-                video.seconds["decode"] += clock.lap()
-                hooks.progress("decode", done, request.num_frames)
-                yield frames
-                clock.lap()
+            chunks = self.pipeline.decode(latents, request, draws, self.ranks)
+            try:
+                for chunk in chunks:
+                    _check_finite(chunk[None], [request], "decoded frames")
+                    frames = (chunk * 255).round().to(torch.uint8).cpu().numpy()
+                    done += len(frames)
+                    video.seconds["decode"] += clock.lap()
+                    hooks.progress("decode", done, request.num_frames)
+                    yield frames
+                    clock.lap()
+            finally:
+                if self.ranks.size > 1:
+                    for _ in chunks:  # the others are in the middle of their tiles
+                        pass
 
 
 class _Clock:

@@ -31,6 +31,7 @@ from vidgen.checkpoint.folder import open_checkpoint
 from vidgen.conditioning import read as read_media
 from vidgen.errors import ConfigError
 from vidgen.loop import Loop, State
+from vidgen.parallel import ALONE, Ranks
 from vidgen.sampling.step import Draws, Start
 from vidgen.types import Hooks, ModelSettings, Request
 
@@ -95,7 +96,7 @@ class _Trace:
     moments: tuple[Tensor, Tensor] | None = None
     step_times: list[float] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
-    decode: Callable[[Tensor, Request, Draws], Iterator[Tensor]] | None = None
+    decode: Callable[[Tensor, Request, Draws, Ranks], Iterator[Tensor]] | None = None
     drawn: Tensor | None = None
 
 
@@ -147,7 +148,9 @@ def show(report: Report, console: Console) -> None:
         shape = " x ".join(map(str, stage.shape))
         verdict = "ok" if stage.ok else "[red]too far[/red]"
         table.add_row(stage.name, shape, f"{stage.largest:.2e}", f"{stage.rms:.2e}", f"{stage.limit:g}", verdict)
-    console.print(f"{report.checkpoint}: {report.family} {report.task} against {report.pipeline}", highlight=False)
+    console.print(
+        f"{report.checkpoint}: {report.family} {report.task} against {report.pipeline}", markup=False, highlight=False
+    )
     console.print(f"  {report.dtype} on {report.device}", highlight=False)
     console.print(table)
     verdict = "ok" if report.psnr >= report.least_psnr else "too far"
@@ -194,7 +197,8 @@ def _reference(
 ) -> _Trace:
     """Runs the reference's pipeline and records what it does."""
     trace = _Trace()
-    pipe = cls.from_pretrained(folder, torch_dtype={**dtypes, "default": torch.float32}).to(device)
+    pipe = cls.from_pretrained(folder, torch_dtype={**dtypes, "default": torch.float32}, use_safetensors=True)
+    pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     _tile(pipe.vae, request)
 
@@ -299,9 +303,9 @@ def _native(loop: Loop, request: Request, report: Report) -> _Trace:
         trace.starts.append(begin(*args))
         return trace.starts[0]
 
-    def decoding(latents: Tensor, request: Request, draws: Draws) -> Iterator[Tensor]:
+    def decoding(latents: Tensor, request: Request, draws: Draws, ranks: Ranks) -> Iterator[Tensor]:
         trace.drawn = draws.state()
-        for chunk in decode(latents, request, draws):
+        for chunk in decode(latents, request, draws, ranks):
             frames.append(chunk.detach().float().cpu())
             yield chunk
 
@@ -376,7 +380,7 @@ def _decoded(ours: _Trace, latents: Tensor, request: Request) -> Tensor:
     draws = Draws([request.seed])
     draws.restore(ours.drawn)
     with torch.inference_mode():
-        return torch.cat([chunk.float().cpu() for chunk in ours.decode(latents, request, draws)])
+        return torch.cat([chunk.float().cpu() for chunk in ours.decode(latents, request, draws, ALONE)])
 
 
 def _stage(name: str, ours: Tensor, theirs: Tensor, limit: float, exact: bool) -> Stage:

@@ -30,10 +30,15 @@ from vidgen.config_rules import nearest
 from vidgen.errors import PlanError
 
 BATCH_ROWS = 16_384
+BATCH_BYTES = 64 * 2**20
+"""About what a batch of text may take, by its average row: prompts of a megabyte come a few dozen at a time."""
 SUFFIXES = (".parquet", ".parq", ".pq")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 FOOTER_THREADS = 8
-_ROW = "\0row"
+SIGNATURE_BYTES = 28
+"""What follows the description in the footer of a file whose columns, but not whose footer, are encrypted."""
+DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError, KeyError, MemoryError)
+"""What reading a damaged file raises, somewhere: names that are no text and lengths that nobody has among it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,7 @@ def require(dataset: Dataset, column: str, key: str, allowed: str, fits: Callabl
             names = [*file.schema.names, *dict(file.partitions)]
             raise PlanError(f"{file.name}: no column {column!r} ({key}){nearest(column, names)}")
         kind = file.schema.field(column).type
-        if not pt.is_null(kind) and not fits(kind):
+        if not pt.is_null(kind) and not fits(_plain(kind)):
             raise PlanError(f"{file.name}: column {column!r} ({key}) is {kind}; allowed: {allowed}")
     kind = dataset.schema.field(column).type
     if not pt.is_null(kind) and not fits(kind):
@@ -129,6 +134,8 @@ def read(dataset: Dataset, columns: Sequence[str]) -> Iterator[Rows]:
             row = np.arange(done, done + batch.num_rows, dtype=np.int64)
             yield Rows(file.name, file.url, row, row + start, _conform(batch, file, schema))
             done += batch.num_rows
+        if done != file.rows:
+            raise PlanError(f"{file.name}: damaged: its footer says {file.rows:,} rows, and there are {done:,}")
         start += file.rows
 
 
@@ -184,9 +191,10 @@ def texts(column: pa.Array) -> tuple[list[str | None], list[int]]:
 
 def _chosen(rows: Rows, condition: pc.Expression) -> np.ndarray:
     numbers = pa.array(np.arange(len(rows.row), dtype=np.int64))
-    table = pa.Table.from_batches([rows.data]).append_column(_ROW, numbers)
+    number = max(rows.data.schema.names, key=len, default="") + "#"  # a name that no column has
+    table = pa.Table.from_batches([rows.data]).append_column(number, numbers)
     try:
-        return np.asarray(table.filter(condition).column(_ROW).to_numpy())
+        return np.asarray(table.filter(condition).columns[-1].to_numpy())
     except pa.ArrowException as error:
         raise PlanError(f"dataset.where: {error} ({rows.file})") from error
 
@@ -207,7 +215,8 @@ def _find(path: str) -> tuple[Any, str, list[_Found]]:
             return fs, folder, [(shown(root), root, ())]
         if fs.isdir(root):
             folder = f"{place.rstrip('/')}/"
-            names = [name for name in fs.find(root) if _is_data(name, root)]
+            found = fs.find(root, detail=True)
+            names = [name for name, info in found.items() if info["type"] == "file" and _is_data(name, root)]
             below = root
         elif any(mark in path for mark in "*?["):
             names = [name for name in fs.glob(root) if fs.isfile(name)]
@@ -221,6 +230,9 @@ def _find(path: str) -> tuple[Any, str, list[_Found]]:
             raise PlanError(f"dataset.path: the folder {path!r} has no files ending in {', '.join(SUFFIXES)}")
         beside = f" (relative to {os.getcwd()})" if isinstance(fs, LocalFileSystem) and not os.path.isabs(path) else ""
         raise PlanError(f"dataset.path: {path!r} names no file{beside}")
+    for name in names:
+        if not _is_utf8(name):
+            raise PlanError(f"dataset.path: {path!r} has a file whose name is not UTF-8: {name!r}; rename it")
     return fs, folder, [(shown(name), name, _partitions(name[len(below) :])) for name in sorted(names)]
 
 
@@ -231,6 +243,15 @@ def _shown_by(fs: Any, path: str) -> Callable[[str], str]:
     if "://" in path or os.path.isabs(path):
         return lambda name: name
     return lambda name: os.path.relpath(name).replace(os.sep, "/")
+
+
+def _is_utf8(name: str) -> bool:
+    """False for a name of the disk whose bytes are no text (Python gives lone surrogates for them)."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_data(name: str, root: str) -> bool:
@@ -255,11 +276,16 @@ def _footer(fs: Any, name: str, path: str) -> tuple[int, pa.Schema, bytes]:
             with pq.ParquetFile(handle) as file:
                 schema: pa.Schema = file.schema_arrow.remove_metadata()
                 rows: int = file.metadata.num_rows
+                described: int = file.metadata.serialized_size
             handle.seek(-8, os.SEEK_END)  # the length of the footer, then the magic number
             length = int.from_bytes(handle.read(4), "little")
+            if length - described == SIGNATURE_BYTES:  # asked for such columns' sizes, pyarrow ends the process
+                raise PlanError(f"{name}: has encrypted columns; encrypted Parquet is not read, write it without")
             handle.seek(-8 - length, os.SEEK_END)
             digest = sha256(handle.read(length)).digest()
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except PlanError:
+        raise
+    except DAMAGE as error:
         raise _unreadable(name, error) from error
     if twice := sorted({column for column in schema.names if schema.names.count(column) > 1}):
         raise PlanError(f"{name}: column {twice[0]!r} stands more than once")
@@ -268,24 +294,55 @@ def _footer(fs: Any, name: str, path: str) -> tuple[int, pa.Schema, bytes]:
 
 def _batches(dataset: Dataset, file: SourceFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Batches of a file, of few rows where the columns hold bytes; where none of its own columns are wanted, batches of
-    no columns but the right length."""
+    another one, for their length."""
     wanted = columns or file.schema.names[:1]
-    binary = any(holds_binary(file.schema.field(name).type) for name in wanted)
-    sparing: dict[str, Any] = {"buffer_size": BUFFER_BYTES, "pre_buffer": False} if binary else {}
+    binary = any(holds_binary(_plain(file.schema.field(name).type)) for name in wanted)
+    how: dict[str, Any] = {"buffer_size": BUFFER_BYTES, "pre_buffer": False} if binary else {}
+    most = (CELL_BATCH_BYTES, CELL_BATCH_ROWS) if binary else (BATCH_BYTES, BATCH_ROWS)
     try:
-        with dataset.fs.open(file.path, "rb") as handle, pq.ParquetFile(handle, **sparing) as parquet:
+        with (
+            dataset.fs.open(file.path, "rb") as handle,
+            pq.ParquetFile(handle, page_checksum_verification=True, **how) as parquet,
+        ):
             if parquet.metadata.num_rows != file.rows:
                 raise PlanError(f"{file.name}: changed while it was being read")
-            rows = batch_rows(parquet.metadata, wanted, CELL_BATCH_BYTES, CELL_BATCH_ROWS) if binary else BATCH_ROWS
-            yield from parquet.iter_batches(batch_size=rows, columns=wanted)
-    except (pa.ArrowException, OSError, EOFError) as error:
+            batches = parquet.iter_batches(batch_size=batch_rows(parquet.metadata, *most), columns=wanted)
+            yield from _joined(batches, *most)
+    except PlanError:
+        raise
+    except DAMAGE as error:
         raise _unreadable(file.name, error) from error
+
+
+def _joined(batches: Iterator[pa.RecordBatch], most_bytes: int, most_rows: int) -> Iterator[pa.RecordBatch]:
+    """Neighbouring batches as one, as long as it stays within the limits: where other columns are large, few rows come
+    at a time."""
+    held: list[pa.RecordBatch] = []
+    rows = size = 0
+    for batch in batches:
+        if held and (rows + batch.num_rows > most_rows or size + batch.nbytes > most_bytes):
+            yield from _one(held)
+            held, rows, size = [], 0, 0
+        held.append(batch)
+        rows, size = rows + batch.num_rows, size + batch.nbytes
+    yield from _one(held)
+
+
+def _one(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    if len(batches) < 2:
+        return batches
+    joined: list[pa.RecordBatch] = pa.Table.from_batches(batches).combine_chunks().to_batches()
+    return joined
 
 
 def _unreadable(name: str, error: Exception) -> PlanError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, FileNotFoundError):
         return PlanError(f"{name}: no such file")
+    if "decrypt" in str(error) or "ncrypted" in str(error):
+        return PlanError(f"{name}: is encrypted ({reason}); encrypted Parquet is not read, write it without")
+    if isinstance(error, NotImplementedError):
+        return PlanError(f"{name}: uses what pyarrow cannot read: {reason}")
     return PlanError(f"{name}: not a Parquet file, or a truncated or damaged one: {reason}")
 
 
@@ -308,7 +365,7 @@ def _unify(files: Sequence[SourceFile]) -> pa.Schema:
                     [pa.schema([(column.name, before)]), pa.schema([(column.name, kind)])],
                     promote_options="permissive",
                 )
-            except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+            except pa.ArrowException as error:
                 raise PlanError(
                     f"{file.name}: column {column.name!r} is {kind}, but {before} in {where}; one type is needed"
                 ) from error
@@ -335,9 +392,12 @@ def _is_whole(text: str) -> bool:
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type without its encoding: dictionaries, extensions and the large and view forms of text."""
+    """The type without its encoding: dictionaries, extensions and the large and view forms of text; of a UUID its
+    text."""
     if pt.is_dictionary(kind):
         return _plain(kind.value_type)
+    if isinstance(kind, pa.UuidType):
+        return pa.string()
     if isinstance(kind, pa.BaseExtensionType):
         return _plain(kind.storage_type)
     if pt.is_large_string(kind) or pt.is_string_view(kind):
@@ -345,16 +405,24 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """A column of a file in the dataset's type."""
+    if isinstance(array.type, pa.UuidType):
+        return pa.array([None if cell is None else str(cell) for cell in array.to_pylist()], kind)
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    return array if array.type == kind else array.cast(kind)
+
+
 def _conform(batch: pa.RecordBatch, file: SourceFile, schema: pa.Schema) -> pa.RecordBatch:
     partitions = dict(file.partitions)
     arrays = []
     for field in schema:
         if field.name in file.schema.names:
-            array = batch.column(field.name)
-            if isinstance(array, pa.ExtensionArray):
-                array = array.storage
-            if array.type != field.type:
-                array = array.cast(field.type)
+            try:
+                array = _cast(batch.column(field.name), field.type)
+            except pa.ArrowException as error:
+                raise PlanError(f"{file.name}: column {field.name!r} does not become {field.type}: {error}") from error
         elif (value := partitions.get(field.name)) is not None:
             cell = int(value) if pt.is_integer(field.type) else value
             array = pa.repeat(pa.scalar(cell, field.type), batch.num_rows)

@@ -1,11 +1,21 @@
-"""Cost: arithmetic with its assumptions beside it, and the refusal to spend days on a CPU."""
+"""Cost: arithmetic with its assumptions beside it, what fits, and the refusal to spend days on a CPU."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from tests.plan.conftest import dataset, job
+from vidgen import memory
+from vidgen.errors import ConfigError
+from vidgen.memory import GIB, Component, Placement, Sizing
 from vidgen.plan import cost
+from vidgen.plan.build import build
 from vidgen.plan.shapes import Shape
+from vidgen.specs.footprint import Footprint
+from vidgen.specs.gpus import GPUS
 from vidgen.types import Request
 
 HOUR_OF_A_GPU = cost.GPU_TFLOPS * 1e12 * 3600
@@ -54,3 +64,68 @@ def test_wan_1_3b_at_480p_is_refused_and_a_small_model_is_not() -> None:
     """283 TFLOP a forward, 100 forwards; the demo's two million parameters take about 0.1 TFLOP an item."""
     assert cost.device_problem(estimate(283e12 * 100), "auto", gpus=0, cores=64) is not None
     assert cost.device_problem(estimate(0.1e12), "auto", gpus=0, cores=1) is None
+
+
+FOOTPRINT = Footprint(tokens=10_000, width=100, token=100_000, branches=1, latents=10, frames=1, work=1)
+"""Two billion bytes of activations in bf16, on one GPU."""
+
+
+def placement(parallel: dict[str, Any], weights: int, asked: list[Request] | None = None) -> Placement:
+    """Of a model of so many bytes of weights; `asked` collects the requests whose footprint is taken."""
+
+    def footprint(request: Request) -> Footprint:
+        if asked is not None:
+            asked.append(request)
+        return FOOTPRINT
+
+    return Placement(
+        Sizing({"transformer": Component(1, weights)}, footprint, {"denoise": 2, "decode": 2}), parallel, 8
+    )
+
+
+def test_each_shape_says_memory_degree_and_seconds_on_the_named_gpu_and_hours_are_of_its_gangs() -> None:
+    placed = placement({"gpu": "A100-80GB", "context": 4}, 10 * GIB)
+    adding = cost.Estimate("mp4", 1.0, 10, placed)
+    tflops = 312 * memory.EFFICIENCY
+    adding.add(Shape(REQUEST, (), tokens=10_000, flops=tflops * 1e12 * 3600, frames=81), 2)
+    found = adding.summary()
+    (shape,) = found["shapes"]
+    assert (shape["gpu"], shape["gpus"], shape["context"], shape["fits"]) == ("A100-80GB", 4, 4, True)
+    assert shape["smallest_context"] == 1 and shape["memory_bytes"] > 10 * GIB
+    assert shape["memory_bytes"] == sum(term["bytes"] for term in shape["terms"])
+    assert shape["seconds_per_item"] == pytest.approx(3600 / 4 / memory.context_efficiency(4))
+    assert found["gpu_hours"] == pytest.approx(2 / memory.context_efficiency(4)) == found["price"]
+    assert found["assumed_gpu_tflops"] == pytest.approx(tflops)
+
+
+def test_a_shape_is_weighed_once_however_many_rows_have_it() -> None:
+    asked: list[Request] = []
+    adding = cost.Estimate("mp4", None, 10, placement({"gpu": "H100"}, GIB, asked))
+    shape = Shape(REQUEST, (), tokens=10_000, flops=1.0, frames=81)
+    for _ in range(100):
+        adding.add(shape, 1000)
+    assert len(asked) == 1
+
+
+def test_a_degree_that_cannot_hold_a_shape_stops_the_planning_with_the_smallest_that_can() -> None:
+    usable = memory.usable(GPUS["L4"])
+    adding = cost.Estimate("mp4", None, 10, placement({"gpu": "L4", "context": 1}, usable - int(1.2e9)))
+    with pytest.raises(ConfigError, match=r"parallel.context: 1: 832x480, 81 frames, 50 steps needs .* fits: 2"):
+        adding.add(Shape(REQUEST, (), tokens=10_000, flops=1.0, frames=81), 1)
+
+
+def test_a_plan_for_a_named_gpu_says_how_its_shapes_fit_and_freezes_it(source: Path, wan: Path) -> None:
+    dataset(source, {"prompt": ["a", "b"]})
+    rooms: dict[str, Any] = {"model": {"family": "auto", "checkpoint": str(wan)}}
+    found = build(job(source, **rooms, parallel={"gpu": "RTX-4090"}), None, dry_run=True).plan.estimate
+    (shape,) = found["shapes"]
+    assert shape["fits"] and shape["gpus"] == 1 and {term["name"] for term in shape["terms"]} >= {"weights"}
+    unsaid = build(job(source, **rooms), None, dry_run=True).plan.estimate
+    assert unsaid["gpu"] is None and "fits" not in unsaid["shapes"][0]
+
+
+def test_a_mesh_that_the_models_heads_do_not_allow_is_refused_by_the_plan(source: Path, wan: Path) -> None:
+    dataset(source, {"prompt": ["a"]})
+    rooms: dict[str, Any] = {"model": {"family": "auto", "checkpoint": str(wan)}}
+    with pytest.raises(ConfigError, match=r"parallel.ulysses: 3; this model has 2 attention heads"):
+        build(job(source, **rooms, parallel={"ulysses": 3}), None, dry_run=True)

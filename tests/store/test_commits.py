@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
-from pathlib import Path
-
 import pytest
 
 from vidgen.store import commits, gc, ledger
 from vidgen.store import state as states
 from vidgen.store.objects import Objects
 from vidgen.types import Record
-
-
-@pytest.fixture(params=["file", "memory"])
-def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Objects:
-    return Objects(str(tmp_path / "out") if request.param == "file" else f"memory://{uuid.uuid4().hex}")
 
 
 def record(ordinal: int, status: str = "done", generation: int = 0, video: str = "") -> Record:

@@ -1,20 +1,17 @@
-"""Atomic puts and create-only writes, on every store that needs no server."""
+"""Atomic puts and create-only writes, on every kind of store."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
-import uuid
 from pathlib import Path
 
 import pytest
 
+from tests.store.google_stub import GoogleStub
 from vidgen.errors import ConfigError
 from vidgen.store.objects import TEMPORARY, Objects, new_token
-
-
-@pytest.fixture(params=["file", "memory"])
-def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Objects:
-    return Objects(str(tmp_path / "out") if request.param == "file" else f"memory://{uuid.uuid4().hex}")
 
 
 def test_the_first_to_create_wins_and_the_second_is_told(objects: Objects) -> None:
@@ -93,12 +90,21 @@ def test_the_probe_accepts_a_store_that_honours_create_only(objects: Objects) ->
 
 
 def test_the_probe_refuses_a_store_that_ignores_create_only_and_says_the_way_out(tmp_path: Path) -> None:
-    class Careless(Objects):
-        def _publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
-            super()._publish(path, data, exclusive=False)
+    objects = Objects(str(tmp_path))
+    objects.kind.create = objects.kind.put  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"ignores create-only writes.*single_writer: true"):
+        objects.probe(new_token())
 
-    with pytest.raises(ConfigError, match=r"single_writer: true"):
-        Careless(str(tmp_path)).probe(new_token())
+
+def test_the_probe_refuses_a_store_without_create_only_and_says_the_way_out(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+
+    def create(name: str, data: bytes) -> None:
+        raise NotImplementedError("If-None-Match")
+
+    objects.kind.create = create  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"has no create-only writes \(If-None-Match\).*single_writer: true"):
+        objects.probe(new_token())
 
 
 def test_an_output_that_cannot_be_written_is_a_configuration_error_that_names_it(tmp_path: Path) -> None:
@@ -111,3 +117,38 @@ def test_a_single_writer_store_still_refuses_to_overwrite_what_is_there(tmp_path
     objects = Objects(str(tmp_path), single_writer=True)
     assert objects.create("a", b"mine", "mine")
     assert not objects.create("a", b"yours", "yours")
+
+
+def test_a_store_whose_library_is_missing_names_the_extra_to_install() -> None:
+    code = """
+import sys
+sys.modules.update(s3fs=None, gcsfs=None, adlfs=None)
+from vidgen.store.objects import Objects
+for url in ("s3://b/x", "gs://b/x", "abfs://b/x", "az://b/x", "nonsense://b/x"):
+    try:
+        Objects(url)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5 and all(line.startswith("ConfigError") for line in lines), done
+    for line, extra in zip(lines, ("s3", "gcs", "azure", "azure"), strict=False):
+        assert f'pip install "vidgen[{extra}]"' in line
+    assert "'nonsense://b/x' cannot be opened" in lines[4]
+
+
+def test_every_spelling_of_a_protocol_opens_the_same_store(azure: str, s3: str, google: GoogleStub) -> None:
+    for url, spellings in (
+        (azure, ("abfs", "az", "abfss")),
+        (s3, ("s3", "s3a")),
+        (google.bucket("one"), ("gs", "gcs")),
+    ):
+        for spelling in spellings:
+            Objects(f"{spelling}://{url.split('://')[1]}").put(spelling, b"1")
+        assert {entry.path for entry in Objects(url).list("")} == set(spellings)
+
+
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    Objects(f"file://{tmp_path}/out").create("a", b"t", "t")
+    assert Objects(str(tmp_path / "out")).read("a") == b"t"

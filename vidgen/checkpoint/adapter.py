@@ -52,6 +52,11 @@ PREFIXES: Mapping[str, str] = {
 }
 """What an adapter's key begins with, and the component that means."""
 SHOWN = 5
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MOST_REPETITIONS = 1
+"""Of one pattern of `alpha_pattern`."""
+HEADER_BYTES = 100_000_000
+"""Most of a safetensors file's header, as the library itself has it."""
 HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(.+))?")
 
 
@@ -95,14 +100,45 @@ def open_adapter(path: str, weight: float = 1.0, component: str | None = None) -
         length = int.from_bytes(fs.cat_file(place, start=0, end=8), "little")
         if not 0 < length <= size - 8:
             raise ValueError("its header is longer than the file")
-        header = json.loads(fs.cat_file(place, start=8, end=8 + length))
+        if length > HEADER_BYTES:
+            raise ValueError(f"its header would have {length:,} bytes; allowed: at most {HEADER_BYTES:,}")
+        tensors, metadata = parse_header(fs.cat_file(place, start=8, end=8 + length))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"model.loras: {path} is not a safetensors file: {error}") from error
-    metadata = header.pop("__metadata__", None) or {}
-    shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+        raise CheckpointError(f"model.loras: {path} is not a safetensors file: {error}{_pickled(path)}") from error
+    shapes = {key: shape for key, (_, shape) in tensors.items()}
     if not shapes:
         raise CheckpointError(f"model.loras: {path} holds no tensors")
-    return Adapter(path, weight, component, fs, place, size, shapes, _scaling(fs, place, metadata))
+    try:
+        scaling = _scaling(fs, place, metadata)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"model.loras: {path}: its lora_alpha cannot be read: {error}") from error
+    return Adapter(path, weight, component, fs, place, size, shapes, scaling)
+
+
+def parse_header(data: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
+    """(name -> dtype and shape, metadata) of a safetensors header; ValueError if it is none."""
+    try:
+        header = json.loads(data)
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text")
+        tensors = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("its header is not that of tensors") from error
+    for key, (dtype, shape) in tensors.items():
+        if not isinstance(dtype, str) or not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError(f"its header gives {key} the shape {list(shape)}")
+    return tensors, metadata
+
+
+def _pickled(path: str) -> str:
+    return "; pickled weights are not opened, since that could run their author's code" if _is_pickle(path) else ""
+
+
+def _is_pickle(path: str) -> bool:
+    return path.lower().endswith(PICKLES)
 
 
 def assign(
@@ -237,6 +273,17 @@ def _deltas(
 ) -> list[tuple[str, Delta]]:
     """(tensor, what is added to it) for one module of the adapter, whose rows `weights` share in their order."""
     rows, start = [], 0
+    scalars = [key for key in weights if not known[key]]
+    flat = [parts[kind] for kind in ("down", "up") if kind in parts and len(adapter.shapes[parts[kind]]) < 2]
+    if scalars or flat:
+        raise CheckpointError(
+            f"model.loras: {adapter.path}: {', '.join(parts.values())} do not fit {' + '.join(weights)}: "
+            f"{(scalars + flat)[0]} is no matrix"
+        )
+    if "alpha" in parts and math.prod(adapter.shapes[parts["alpha"]]) != 1:
+        raise CheckpointError(
+            f"model.loras: {adapter.path}: {parts['alpha']} is {list(adapter.shapes[parts['alpha']])}, not one number"
+        )
     for key in weights:
         rows.append((start, start + known[key][0]))
         start += known[key][0]
@@ -274,7 +321,7 @@ def _full(
     known: Mapping[str, tuple[int, ...]],
     scale: float,
 ) -> list[tuple[str, Delta]]:
-    missing = [key for key in targets if key not in known]
+    missing = [key for key in targets if not known.get(key)]
     if missing:
         raise CheckpointError(f"model.loras: {adapter.path}: {source} is for {missing[0]}, which the checkpoint lacks")
     if sum(math.prod(known[key]) for key in targets) != math.prod(adapter.shapes[source]):
@@ -294,10 +341,25 @@ def _full(
 def _own_scale(adapter: Adapter, component: str, key: str, rank: int) -> float:
     """alpha / rank (or alpha / sqrt(rank), rank-stabilised) as the file's metadata has it; 1 where it says nothing."""
     config = adapter.scaling.get(component) or adapter.scaling.get("transformer") or {}
-    alpha = config.get("lora_alpha")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.search(rf"(^|\.){pattern}\.lora", key):
+    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"model.loras: {adapter.path}: alpha_pattern is {patterns!r}, not an object")
+    for pattern, value in patterns.items():
+        if _matches(adapter, pattern, key):
             alpha = value
     if alpha is None:
         return 1.0
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or rank < 1:
+        raise CheckpointError(f"model.loras: {adapter.path}: lora_alpha is {alpha!r} for {key} of rank {rank}")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matches(adapter: Adapter, pattern: str, key: str) -> bool:
+    """Whether a regular expression of the adapter's author means this key. One with several repetitions could be made
+    to take for ever, and names of modules need none."""
+    if sum(pattern.count(mark) for mark in "*+{") > MOST_REPETITIONS:
+        raise CheckpointError(f"model.loras: {adapter.path}: alpha_pattern {pattern!r} repeats more than once")
+    try:
+        return re.search(rf"(^|\.){pattern}\.lora", key) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"model.loras: {adapter.path}: alpha_pattern {pattern!r}: {error}") from error

@@ -26,7 +26,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from vidgen.checkpoint import adapter
-from vidgen.checkpoint.adapter import Adapter, Delta, Rename
+from vidgen.checkpoint.adapter import HEADER_BYTES, PICKLES, Adapter, Delta, Rename, parse_header
 from vidgen.errors import CheckpointError, InfrastructureError
 
 CONFIGS = (
@@ -38,7 +38,6 @@ CONFIGS = (
 )
 """A component's own JSON: the first of these that its folder holds."""
 STEMS = ("diffusion_pytorch_model", "model")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER = "tokenizer_config.json"
 STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Names of dtypes in safetensors headers."""
@@ -158,6 +157,10 @@ class CheckpointFolder:
             for tensor, shard in entries.items():
                 if not isinstance(shard, str) or PurePosixPath(shard).name != shard:
                     raise CheckpointError(f"{self.resolved.name}: {path} puts {tensor} into {shard!r}, not a file name")
+                if not shard.endswith(".safetensors"):
+                    raise CheckpointError(
+                        f"{self.resolved.name}: {path} puts {tensor} into {shard!r}; allowed: safetensors files alone"
+                    )
             return entries
         return None
 
@@ -171,11 +174,9 @@ class CheckpointFolder:
         for path, size in self.weights(component).items():
             length = self._header_bytes(path, size)
             try:
-                header = json.loads(self.fs.cat_file(f"{self.root}/{path}", start=8, end=8 + length))
-                header.pop("__metadata__", None)
-                found |= {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{self.resolved.name}: {path} is damaged: its header is not JSON") from error
+                found |= parse_header(self.fs.cat_file(f"{self.root}/{path}", start=8, end=8 + length))[0]
+            except ValueError as error:
+                raise CheckpointError(f"{self.resolved.name}: {path} is damaged: {error}") from error
         return found
 
     def with_adapters(self, adapters: Sequence[Adapter], rename: Rename | None) -> CheckpointFolder:
@@ -230,6 +231,11 @@ class CheckpointFolder:
         length = int.from_bytes(self.fs.cat_file(f"{self.root}/{path}", start=0, end=8), "little")
         if 8 + length > size:
             raise CheckpointError(f"{self.resolved.name}: {path} is damaged: its header is longer than the file")
+        if length > HEADER_BYTES:
+            raise CheckpointError(
+                f"{self.resolved.name}: {path} is damaged: its header would have {length:,} bytes; allowed: at most "
+                f"{HEADER_BYTES:,}"
+            )
         return length
 
     def fetch(self, cache_dir: str | os.PathLike[str], components: Collection[str] | None = None) -> Path:
@@ -313,7 +319,7 @@ class CheckpointFolder:
     def _json(self, path: str) -> dict[str, Any]:
         try:
             value = json.loads(self.read(path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{self.resolved.name}: {path} is not JSON: {error}") from error
@@ -345,7 +351,7 @@ def open_checkpoint(checkpoint: str, revision: str | None = None) -> CheckpointF
 
 
 def is_hub_id(checkpoint: str) -> bool:
-    return HUB_ID.fullmatch(checkpoint) is not None and not Path(checkpoint).exists()
+    return HUB_ID.fullmatch(checkpoint) is not None and not os.path.exists(checkpoint)
 
 
 def _open_folder(name: str, fs: fsspec.AbstractFileSystem, root: str, commit: str) -> CheckpointFolder:
@@ -355,7 +361,7 @@ def _open_folder(name: str, fs: fsspec.AbstractFileSystem, root: str, commit: st
         listing = fs.find(root, detail=True)
     except FileNotFoundError:
         listing = {}
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {name!r} cannot be listed: {error}") from error
     prefix = fs._strip_protocol(root).rstrip("/") + "/"
     sizes = {path.removeprefix(prefix): int(info["size"]) for path, info in sorted(listing.items())}

@@ -62,17 +62,14 @@ def forget() -> None:
         _cursors.clear()
 
 
-def batch_rows(metadata: pq.FileMetaData, columns: list[str], most_bytes: int, most_rows: int) -> int:
-    """Rows of these columns that take about `most_bytes`, by the largest average of any row group: 1 to `most_rows`."""
+def batch_rows(metadata: pq.FileMetaData, most_bytes: int, most_rows: int) -> int:
+    """Rows that take about `most_bytes` with all their columns, by the largest average of any row group: 1 to
+    `most_rows`. (Asked for the size of one column of a damaged or encrypted file, pyarrow ends the process.)"""
     largest = 0.0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
-        chunks = [group.column(number) for number in range(group.num_columns)]
-        below = tuple(f"{name}." for name in columns)
-        read = [c for c in chunks if c.path_in_schema in columns or c.path_in_schema.startswith(below)]
-        size = sum(chunk.total_uncompressed_size for chunk in read)
-        largest = max(largest, size / max(1, group.num_rows))
-    return most_rows if largest == 0 else max(1, min(most_rows, int(most_bytes / largest)))
+        largest = max(largest, group.total_byte_size / max(1, group.num_rows))
+    return most_rows if largest <= 0 else max(1, min(most_rows, int(most_bytes / largest)))
 
 
 class _Cursor:
@@ -96,7 +93,7 @@ class _Cursor:
             raise
         self._leaf = f"{column}.bytes" if pt.is_struct(storage(schema.field(column).type)) else column
         metadata = self._parquet.metadata
-        self._step = batch_rows(metadata, [self._leaf], CELL_BATCH_BYTES, CELL_BATCH_ROWS)
+        self._step = batch_rows(metadata, CELL_BATCH_BYTES, CELL_BATCH_ROWS)
         self._starts = [0]
         for index in range(metadata.num_row_groups):
             self._starts.append(self._starts[-1] + metadata.row_group(index).num_rows)

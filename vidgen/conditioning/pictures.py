@@ -7,6 +7,7 @@ with do not either.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError, IndexError, TypeError),
-    *(OverflowError, AttributeError, RuntimeError, Image.DecompressionBombError, Image.DecompressionBombWarning),
+    *(OverflowError, AttributeError, RuntimeError),
 )
 """What PIL raises, somewhere, for bytes that are not what they say; all of it is the file's fault here."""
 _ORIENTATION = 0x0112
@@ -110,6 +111,10 @@ def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise ItemError(f"is not a picture, or its header is damaged; allowed: {', '.join(FORMATS)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # PIL's own limit, seen first
+        found = re.search(r"\d+", str(error))
+        pixels = f"{int(found[0]):,} pixels" if found else "too many pixels"
+        raise ItemError(f"has {pixels}; allowed: at most {PIXELS:,}") from error
     except DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ItemError(f"cannot be read as a picture, or is damaged: {reason}") from error

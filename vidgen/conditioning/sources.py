@@ -126,6 +126,9 @@ def frames_in(folder: File) -> list[File]:
     if len(listed) > ENTRIES:
         raise ItemError(f"{folder.name} has {len(listed):,} entries; allowed: at most {ENTRIES:,}")
     found = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in listed if entry["type"] == "file"}
+    for name in found:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # how Python has a name's bytes that are no text
+            raise ItemError(f"{folder.name} has a file whose name is not UTF-8: {name!r}")
     files = []
     for name in in_order(found):
         entry, tag = found[name], ""

@@ -10,8 +10,10 @@ breaker instead of burning the dataset.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vidgen.fleet.events import (
@@ -50,7 +52,11 @@ START_FAILURES = 3
 @dataclass(frozen=True, slots=True)
 class Rules:
     """`window`: items known at once. `batch_tokens`, `batch_items`: most tokens and items of a batch (1 item always
-    fits). `prefetch`: batches waiting in a replica beside the running one. `own_node`: the driver's machine."""
+    fits). `prefetch`: batches waiting in a replica beside the running one. `own_node`: the driver's machine.
+
+    `bands`: token counts, rising. Items of at most the first are of band 0, above it of band 1, and so on; `band_of`
+    says which band a replica serves (0 where it says nothing), and an item goes to replicas of its own band only.
+    `degree_of`: members of a replica, where it is a gang."""
 
     max_attempts: int = 3
     breaker_failures: int = 50
@@ -59,6 +65,13 @@ class Rules:
     batch_items: int = 1
     prefetch: int = 1
     own_node: str = ""
+    bands: tuple[int, ...] = ()
+    band_of: Mapping[str, int] = field(default_factory=dict)
+    degree_of: Mapping[str, int] = field(default_factory=dict)
+
+    def band(self, tokens: int) -> int:
+        """The band of an item of so many tokens."""
+        return bisect.bisect_left(self.bands, tokens)
 
 
 @dataclass(slots=True)
@@ -72,6 +85,7 @@ class Batch:
 @dataclass(slots=True)
 class Replica:
     name: str
+    band: int = 0
     node: str = ""
     ready: bool = False
     batches: dict[int, Batch] = field(default_factory=dict)
@@ -79,6 +93,17 @@ class Replica:
     def waiting(self) -> int:
         """Batches whose frames are not made yet."""
         return sum(not batch.generated for batch in self.batches.values())
+
+
+@dataclass(slots=True)
+class Band:
+    """What waits for the replicas of one band. `asked`: more of the plan is on its way; `exhausted`: there is none."""
+
+    order: list[tuple[tuple[object, ...], Task]] = field(default_factory=list)
+    asked: bool = False
+    exhausted: bool = False
+    start_failures: int = 0
+    ever_ready: bool = False
 
 
 @dataclass(slots=True)
@@ -97,25 +122,28 @@ class Dispatcher:
 
     def __init__(self, rules: Rules, replicas: list[str]) -> None:
         self.rules = rules
-        self.replicas = {name: Replica(name) for name in replicas}
-        self._order: list[tuple[tuple[object, ...], Task]] = []
+        self.replicas = {name: self._replica(name) for name in replicas}
+        self._bands = [Band() for _ in range(1 + len(rules.bands))]
+        self._served = {replica.band for replica in self.replicas.values()}
         self._later: list[tuple[float, int, Task]] = []
         self.looking: dict[str, tuple[Task, ReplicaLost, bool, str]] = {}
         self.withheld: dict[str, Withheld] = {}
         self.streak: Counter[str] = Counter()
-        self.exhausted = False
         self.final = False
         self.stopping: StopAsked | None = None
         self.finished: Finish | None = None
-        self._asked = 0
         self._number = 0
-        self._start_failures = 0
-        self._ever_ready = False
 
     # ---------------------------------------------------------------- what is where
 
     def pending(self) -> int:
-        return len(self._order) + len(self._later)
+        return sum(len(band.order) for band in self._bands) + len(self._later)
+
+    def _replica(self, name: str) -> Replica:
+        return Replica(name, self.rules.band_of.get(name, 0))
+
+    def _band(self, task: Task) -> Band:
+        return self._bands[self.rules.band(task.item.tokens)]
 
     def in_flight(self) -> dict[str, str]:
         """Item id -> node, of everything a replica has."""
@@ -137,15 +165,16 @@ class Dispatcher:
         actions: list[Action] = []
         match event:
             case Offered():
-                self._asked = 0
-                self.exhausted = self.exhausted or event.exhausted
+                band = self._bands[event.band]
+                band.asked = False
+                band.exhausted = band.exhausted or event.exhausted
                 for task in event.tasks:
                     self._admit(task, actions)
             case ReplicaReady():
-                replica = self.replicas.setdefault(event.replica, Replica(event.replica))
+                replica = self.replicas.setdefault(event.replica, self._replica(event.replica))
                 replica.ready, replica.node = True, event.node
-                self._ever_ready = True
-                self._start_failures = 0
+                band = self._bands[replica.band]
+                band.ever_ready, band.start_failures = True, 0
             case ReplicaLost():
                 self._lost(event, now, actions)
             case BatchGenerated():
@@ -196,6 +225,9 @@ class Dispatcher:
 
     def _admit(self, task: Task, actions: list[Action]) -> None:
         """An item whose earlier attempts used up its allowance is settled, not run again."""
+        if self.rules.band(task.item.tokens) not in self._served and self.finished is None:
+            self.finished = Finish(2, f"no replica is for items of {task.item.tokens:,} tokens")
+            actions.append(self.finished)
         if task.count >= self.rules.max_attempts:
             actions.append(Settle(task, "failed", "replica", f"gave up after attempts that weigh {task.count:g}"))
         else:
@@ -205,7 +237,7 @@ class Dispatcher:
         # Suspects last; then by priority; then longest first, equal shapes together.
         item = task.item
         key = (task.suspect, -item.priority, -item.flops, item.batch_key, item.ordinal)
-        heapq.heappush(self._order, (key, task))
+        heapq.heappush(self._band(task).order, (key, task))
 
     def _done(self, event: ItemDone, actions: list[Action]) -> None:
         self._take(event.replica, event.record.item_id)
@@ -273,13 +305,14 @@ class Dispatcher:
             actions.append(self.finished)
             return
         if event.cause == "start":
-            self._start_failures += 1
-            if not self._ever_ready and self._start_failures >= START_FAILURES:
+            band = self._bands[replica.band]
+            band.start_failures += 1
+            if not band.ever_ready and band.start_failures >= START_FAILURES:
                 self.finished = Finish(4, f"no replica became ready: {event.error}")
                 actions.append(self.finished)
                 return
         aboard = [task for batch in replica.batches.values() for task in batch.tasks.values()]
-        if not aboard:
+        if not aboard or event.cause == "gang":
             self._mark(event.cause)
         guilty = event.cause in ("crash", "hang") and len(aboard) == 1
         for task in aboard:
@@ -288,7 +321,7 @@ class Dispatcher:
             self.looking[task.item_id] = (task, event, guilty, replica.node)
             actions.append(Look(task.item_id, task.generation))
         if self.stopping is None:
-            self.replicas[event.replica] = Replica(event.replica)
+            self.replicas[event.replica] = self._replica(event.replica)
             actions.append(Replace(event.replica))
 
     def _looked(self, event: Looked, now: float, actions: list[Action]) -> None:
@@ -317,12 +350,13 @@ class Dispatcher:
             self._queue(heapq.heappop(self._later)[2])
         if self.stopping is None:
             self._assign(actions)
-            room = self.rules.window - self.pending()
-            if not self.exhausted and not self._asked and room >= max(1, self.rules.window // 2):
-                self._asked = room
-                actions.append(Refill(room))
+            for number, band in enumerate(self._bands):
+                room = self.rules.window - len(band.order) - len(self._later)
+                if not band.exhausted and not band.asked and room >= max(1, self.rules.window // 2):
+                    band.asked = True
+                    actions.append(Refill(room, number))
         idle = not self.in_flight() and not self.looking
-        everything = self.exhausted and not self.pending()
+        everything = all(band.exhausted for band in self._bands) and not self.pending()
         if idle and self.stopping is not None and not (everything and not self.withheld):
             self.finished = Finish(self.stopping.code, self.stopping.reason)
             actions.append(self.finished)
@@ -346,8 +380,8 @@ class Dispatcher:
         ready = [replica for replica in self.replicas.values() if replica.ready]
         for depth in range(1 + self.rules.prefetch):
             for replica in sorted(ready, key=Replica.waiting):
-                if replica.waiting() <= depth and self._order:
-                    batch = self._next_batch(replica, len(ready))
+                if replica.waiting() <= depth and self._bands[replica.band].order:
+                    batch = self._next_batch(replica, sum(other.band == replica.band for other in ready))
                     if batch is not None:
                         replica.batches[batch.number] = batch
                         works = tuple(Work(t.item, t.generation, t.attempt) for t in batch.tasks.values())
@@ -357,25 +391,26 @@ class Dispatcher:
         """The next items for a replica: one shape, as many as fit. An item that must fly alone has a replica to itself,
         nothing prefetched behind it, so that a crash has one suspect; one from a driver that died, the driver's whole
         machine."""
-        first = self._order[0][1]
+        order = self._bands[replica.band].order
+        first = order[0][1]
         if replica.batches and (first.alone or first.suspect or _flies_alone(replica)):
             return None
         if replica.node == self.rules.own_node:
             aboard = self._aboard(replica.node)
             if any(task.suspect for task in aboard) or (first.suspect and aboard):
                 return None
-        share = -(-len(self._order) // (2 * max(1, ready)))
+        share = -(-len(order) // (2 * max(1, ready)))
         most = max(1, min(self.rules.batch_items, share))
-        tasks = [heapq.heappop(self._order)[1]]
+        tasks = [heapq.heappop(order)[1]]
         tokens = first.item.tokens
-        while self._order and len(tasks) < most and not first.alone and not first.suspect:
-            task = self._order[0][1]
+        while order and len(tasks) < most and not first.alone and not first.suspect:
+            task = order[0][1]
             tokens += task.item.tokens
             if task.item.batch_key != first.item.batch_key or task.alone or task.suspect:
                 break
             if tokens > self.rules.batch_tokens:
                 break
-            tasks.append(heapq.heappop(self._order)[1])
+            tasks.append(heapq.heappop(order)[1])
         for task in tasks:
             task.attempt += 1
         self._number += 1

@@ -16,6 +16,7 @@ from typing import Protocol
 from vidgen import VERSION, manifest
 from vidgen.fleet import events as ev
 from vidgen.fleet.dispatch import Dispatcher, Rules
+from vidgen.fleet.formation import replica_names as replica_names
 from vidgen.fleet.progress import Progress, ReplicaState, Snapshot
 from vidgen.fleet.replica import Pulse
 from vidgen.plan.files import read_items, total_rejected
@@ -90,7 +91,7 @@ class Driver:
         self.records: list[Record] = []
         self.suspects: set[str] = set()
         self.counts: dict[str, float] = {}
-        self.tasks: Iterator[ev.Task] = iter(())
+        self.tasks: list[Iterator[ev.Task]] = []
         self.interrupt = Interrupt()
         self._stopping_until: float | None = None
         self._queue: list[ev.Event] = []
@@ -104,7 +105,7 @@ class Driver:
     def run(self, rules: Rules, replicas: Sequence[str], limits: Limits) -> Outcome:
         """Runs until done, stopped or broken; always flushes what it knows before it returns."""
         self._inherit()
-        self.tasks = self._pending()
+        self.tasks = [self._pending(rules, band) for band in range(1 + len(rules.bands))]
         dispatcher = self.dispatcher = Dispatcher(rules, list(replicas))
         if self.state.count("pending"):
             for name in replicas:
@@ -153,8 +154,8 @@ class Driver:
             case ev.Settle():
                 self._give_up(action)
             case ev.Refill():
-                tasks = tuple(itertools.islice(self.tasks, action.items))
-                self._queue.append(ev.Offered(tasks, exhausted=len(tasks) < action.items))
+                tasks = tuple(itertools.islice(self.tasks[action.band], action.items))
+                self._queue.append(ev.Offered(tasks, len(tasks) < action.items, action.band))
             case ev.Finish():
                 pass
 
@@ -197,15 +198,16 @@ class Driver:
             commits.record_attempt(self.objects, attempt, {"error": "the driver died while it was alone in flight"})
             self.counts[item_id] = self.counts.get(item_id, 0.0) + 1.0
 
-    def _pending(self) -> Iterator[ev.Task]:
-        """Pending items in the plan's order, suspects at the very end; parts that are all settled are not read."""
+    def _pending(self, rules: Rules, band: int) -> Iterator[ev.Task]:
+        """Pending items of a band in the plan's order, suspects at the very end; parts that are all settled are not
+        read."""
         last: list[ev.Task] = []
         for plan in self.plans:
             for part in plan.parts:
                 if self.state.status[part.first : part.first + part.items].all():
                     continue
                 for item in read_items(self.objects, plan, part):
-                    if self.state.is_pending(item.ordinal):
+                    if self.state.is_pending(item.ordinal) and rules.band(item.tokens) == band:
                         count = self.counts.get(item.item_id, 0.0)
                         suspect = item.item_id in self.suspects
                         task = ev.Task(item, self.state.generation_of(item.item_id), count=count, suspect=suspect)
@@ -221,7 +223,8 @@ class Driver:
         now = time.monotonic()
         for name, pulse in self.fleet.pulses().items():
             if pulse is not None:
-                self._busy[name] = max(self._busy.get(name, 0.0), pulse.busy)
+                spent = pulse.busy * self.dispatcher.rules.degree_of.get(name, 1)
+                self._busy[name] = max(self._busy.get(name, 0.0), spent)
         if now - self.lease.last_beat >= BEAT_SECONDS:
             self.lease.check()
             self._beat()
@@ -256,7 +259,7 @@ class Driver:
         self.lease.beat(in_flight=here, lone_suspect=lone, gpu_seconds=self.gpu_seconds(), counts=self.state.counts())
 
     def gpu_seconds(self) -> float:
-        """Seconds that replicas have spent generating, over the whole run."""
+        """Seconds that replicas have spent generating, over the whole run, those of every member of a gang."""
         return self._spent_before + sum(self._busy.values())
 
     def snapshot(self, state: str = "") -> Snapshot:
@@ -309,9 +312,3 @@ class Driver:
 def finished_code(counts: Mapping[str, int]) -> int:
     """Exit code of a run whose every item is terminal."""
     return 3 if counts["failed"] or counts["quarantined"] else 0
-
-
-def replica_names(count: int) -> list[str]:
-    """r0, r1, ...: padded so that they sort."""
-    width = len(str(max(0, count - 1)))
-    return [f"r{index:0{width}d}" for index in range(count)]

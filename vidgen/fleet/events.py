@@ -42,10 +42,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """More of the plan, in its order. `exhausted`: there is no more."""
+    """More of the plan, in its order, of one band of item sizes. `exhausted`: there is no more of it."""
 
     tasks: tuple[Task, ...]
     exhausted: bool
+    band: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ class ReplicaReady:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLost:
-    """`cause` is crash, hang, node (its machine went away), start (it never became ready) or refused (it may not run:
-    another checkpoint, an output it cannot see)."""
+    """`cause` is crash, hang, node (its machine went away), gang (its members fell out of step, and none of them
+    died), start (it never became ready) or refused (it may not run: another checkpoint, an output it cannot see)."""
 
     replica: str
     cause: str
@@ -189,9 +190,10 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class Refill:
-    """The window has room for this many items."""
+    """The window has room for this many items of a band."""
 
     items: int
+    band: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """One replica: an engine that generates, and a writer that encodes, stores and commits beside the next item.
 
 Two threads and a bounded hand-over between them: the engine's frames go to ffmpeg as they are decoded, and the finished
-file is probed, hashed, put and committed while the next batch denoises. Refuses to know Ray and the plan: it gets work,
-and gives back events. `vidgen.fleet.cluster` wraps it in an actor.
+file is probed, hashed, put and committed while the next batch denoises. The first of a gang also tells the others what
+it begins, and gives up the gang when they are no longer in step. Refuses to know Ray and the plan: it gets work, and
+gives back events. `vidgen.fleet.cluster` wraps it in an actor.
 """
 
 from __future__ import annotations
@@ -13,22 +14,27 @@ import os
 import queue
 import shutil
 import socket
+import statistics
 import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidgen import VERSION, family, media
 from vidgen.errors import Cancelled, ConfigError, GenerationError, InfrastructureError, ItemError
 from vidgen.fleet.events import BatchGenerated, BatchReturned, Event, ItemDone, ItemFailed, Work
+from vidgen.fleet.gang import BROKEN, Entry, Peers, Watch, in_step
 from vidgen.formats import FORMATS
 from vidgen.report.summary import signature
 from vidgen.store import commits
 from vidgen.store.epochs import start_time
 from vidgen.store.objects import Objects, new_token
 from vidgen.types import Hooks, ModelSettings, Record, Request, Video
+
+if TYPE_CHECKING:
+    from vidgen.parallel.gang import Gang
 
 WRITE_AHEAD = 2
 """Finished videos that may wait for the writer before the engine has to."""
@@ -55,7 +61,9 @@ class Settings:
 @dataclass(frozen=True, slots=True)
 class Pulse:
     """What a replica answers when polled: what happened since, and where it stands. `silent` is seconds since the
-    engine last showed a sign of life while it had work, `busy` seconds it has spent generating in all."""
+    engine last showed a sign of life while it had work, `busy` seconds it has spent generating in all, `pace` the
+    median seconds of a step of the batch in hand, 0 before the first and after the last. `broken`: its gang is
+    of no use any more, and why."""
 
     events: tuple[Event, ...]
     stage: str
@@ -64,6 +72,8 @@ class Pulse:
     silent: float
     busy: float
     item_id: str
+    pace: float = 0.0
+    broken: str = ""
 
 
 @dataclass(slots=True)
@@ -81,14 +91,20 @@ class Handover:
 class Worker:
     """An engine and a writer behind a queue. `submit` returns at once; `poll` reports what came of it."""
 
-    def __init__(self, name: str, node: str, settings: Settings) -> None:
+    def __init__(self, name: str, node: str, settings: Settings, entry: Entry | None = None) -> None:
         self.name, self.node, self.settings = name, node, settings
+        self.entry = entry or Entry()
         self.objects = Objects(settings.output, single_writer=settings.single_writer)
         self.token = new_token()
         self._batches: queue.Queue[tuple[int, tuple[Work, ...]] | None] = queue.Queue()
         self._written: queue.Queue[Handover | None] = queue.Queue(maxsize=WRITE_AHEAD)
         self._events: queue.Queue[Event] = queue.Queue()
         self._stage, self._step, self._steps, self._current = "idle", 0, 0, ""
+        self._paces: list[float] = []
+        self._left: list[Work] = []
+        self._peers: Peers | None = None
+        self._watch: Watch | None = None
+        self._broken = ""
         self._heartbeat = time.monotonic()
         self._busy = 0.0
         self._cancel = threading.Event()
@@ -100,11 +116,13 @@ class Worker:
 
     # ---------------------------------------------------------------- what the driver calls
 
-    def start(self) -> str:
-        """Loads the model and starts working; returns the node's name. ConfigError if this replica must not run."""
+    def start(self, gang: Gang | None = None, peers: Peers | None = None) -> str:
+        """Loads the model and starts working; returns the node's name. ConfigError if this replica must not run. With a
+        gang this is its first rank, and `peers` are the others."""
         self._read_back()
         self._scratch = _scratch_folder()
-        self._engine = self._load()
+        self._peers, self._watch = peers, Watch(peers) if peers is not None else None
+        self._engine = self._load(gang)
         for target in (self._work, self._write):
             thread = threading.Thread(target=target, name=f"{self.name}-{target.__name__}", daemon=True)
             thread.start()
@@ -132,8 +150,13 @@ class Worker:
             time.sleep(GATHER_SECONDS)
             while True:
                 events.append(self._events.get_nowait())
+        self._notice_peers()
         silent = time.monotonic() - self._heartbeat if self._stage != "idle" else 0.0
-        return Pulse(tuple(events), self._stage, self._step, self._steps, silent, self._busy, self._current)
+        paces = self._paces[:] if self._stage == "denoise" and self._step < self._steps else []
+        pace = statistics.median(paces) if paces else 0.0
+        broken = self._broken if self._events.empty() else ""  # what happened before is told before
+        where = (self._stage, self._step, self._steps)
+        return Pulse(tuple(events), *where, silent, self._busy, self._current, pace, broken)
 
     def close(self) -> None:
         """Ends the threads once what is in hand is written, and removes the scratch folder."""
@@ -158,47 +181,72 @@ class Worker:
                 "(s3://, gs://, abfs://, or a shared folder)"
             )
 
-    def _load(self) -> Any:
-        from vidgen import engine
-
-        loaded = engine.load_model(self.settings.model)
+    def _load(self, gang: Gang | None) -> Any:
+        loaded = self.entry.load(self.settings.model, gang)
         self._gpu = str(getattr(loaded, "gpu", ""))
         return loaded
 
     def _progress(self, stage: str, step: int, steps: int) -> None:
+        now = time.monotonic()
+        if stage == "denoise":
+            self._paces.append(now - self._heartbeat)
         self._stage, self._step, self._steps = stage, step, steps
-        self._heartbeat = time.monotonic()
+        self._heartbeat = now
 
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:
             number, works = batch
+            self._paces = []
             self._progress("encode", 0, 0)
             self._current = works[0].item.item_id
             begun = time.monotonic()
             self._generate(number, works)
             self._busy += time.monotonic() - begun
             self._stage = "idle"
+            if self._broken:
+                break
         self._written.put(None)
 
     def _generate(self, number: int, works: tuple[Work, ...]) -> None:
-        left = list(works)
+        left = self._left = list(works)
         hooks = Hooks(progress=self._progress, cancelled=self._cancel.is_set)
         started_at = time.time()
         try:
             requests = [work.item.request for work in works]
+            if self._watch is not None:
+                self._watch.begin(requests)
             for video in self._engine.generate(requests, hooks):
                 work = left[0]
                 self._current = work.item.item_id
                 handover = self._encode(work, video, started_at)
                 left.pop(0)
                 self._written.put(handover)
-        except Cancelled:
-            self._events.put(BatchReturned(self.name, number))
-            return
-        except Exception as error:  # whatever an engine raises is the items' failure, and is recorded with each
-            for work in left:
+        except Exception as error:
+            if self._peers is not None and not in_step(self._peers, error):
+                self._break(describe(error))
+                if isinstance(error, InfrastructureError):
+                    return  # perhaps a member is dead: who looks after the gang knows, and judges the items
+            if isinstance(error, Cancelled):
+                self._events.put(BatchReturned(self.name, number))
+                return
+            for work in left:  # whatever an engine raises is the items' failure, and is recorded with each
                 self._fail(work, error)
         self._events.put(BatchGenerated(self.name, number))
+
+    def _break(self, error: str) -> None:
+        """Gives up the gang. What has not started goes back first, so that only what was running is suspected."""
+        self.recall()
+        self._broken = self._broken or error
+
+    def _notice_peers(self) -> None:
+        """A member that failed alone leaves this one waiting: its error is the items', or the gang's."""
+        bad = self._watch.failed() if self._watch is not None and self._stage != "idle" else None
+        if bad is None or self._broken:
+            return
+        if bad.how not in (BROKEN, InfrastructureError.error_class):
+            for work in self._left:
+                self._fail_as(work, bad.how, bad.error)
+        self._break(bad.error)
 
     def _encode(self, work: Work, video: Video, started_at: float) -> Handover:
         """Streams the frames into ffmpeg; on return the engine is free for the next video."""
@@ -277,7 +325,9 @@ class Worker:
         return truth
 
     def _fail(self, work: Work, error: Exception) -> None:
-        error_class, text = classify(error), describe(error)
+        self._fail_as(work, classify(error), describe(error))
+
+    def _fail_as(self, work: Work, error_class: str, text: str) -> None:
         self._events.put(ItemFailed(self.name, work.item.item_id, error_class, text, signature(error_class, text)))
 
 

@@ -5,7 +5,7 @@ The one place where configuration, plan, lease, cluster and driver meet. Refuses
 
 from __future__ import annotations
 
-import math
+import importlib.util
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from vidgen import family, manifest
-from vidgen.config import JobConfig, loras, model_options
+from vidgen.config import JobConfig, loras, model_options, to_dict
 from vidgen.errors import ConfigError, UserError
-from vidgen.fleet import cluster
+from vidgen.fleet import cluster, formation
 from vidgen.fleet.dispatch import Rules
-from vidgen.fleet.driver import Driver, Interrupt, Limits, Outcome, finished_code, replica_names
+from vidgen.fleet.driver import Driver, Interrupt, Limits, Outcome, finished_code
+from vidgen.fleet.formation import Formation
+from vidgen.fleet.formation import cpu_replicas as cpu_replicas
 from vidgen.fleet.opening import Run, deadline_of, prepare
 from vidgen.fleet.progress import Progress
 from vidgen.fleet.replica import Settings
+from vidgen.plan import model
 from vidgen.plan.cost import device_problem
 from vidgen.store import epochs, state
 from vidgen.store.objects import Objects
@@ -81,51 +84,52 @@ def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress,
     with _signals(interrupt) as install:
         cluster.connect(options.address, progress.say)
         install()
-        settings, resources = _replicas(run, pending, lease)
-        threads = settings.model.threads or "all"
-        progress.say(f"{resources.replicas} replicas on {settings.model.device}, {threads} threads each")
-        fleet = cluster.RayFleet(settings, resources, run.config.run.hang_seconds)
+        settings, replicas = _replicas(run, pending, lease)
+        for note in replicas.notes:
+            progress.say(f"note: {note}")
+        progress.say(f"replicas on {settings.model.device}: {replicas}; {settings.model.threads or 'all'} threads each")
+        fleet = cluster.RayFleet(settings, replicas, run.config.run.hang_seconds)
         driver = Driver(run.config.name, run.objects, run.plans, held, lease, fleet, progress)
         driver.interrupt = interrupt
         try:
-            return driver.run(_rules(run, settings), replica_names(resources.replicas), _limits(run.config))
+            return driver.run(_rules(run, settings, replicas), replicas.names, _limits(run.config))
         finally:
             fleet.close()
             cluster.disconnect()
 
 
-def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, cluster.Resources]:
+def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, Formation]:
     config, plan = run.config, run.plans[-1]
-    cpus, gpus, memory = cluster.cluster_resources()
+    nodes, memory = cluster.cluster_nodes()
+    cpus, gpus = int(sum(node.cpus for node in nodes)), sum(node.gpus for node in nodes)
     needs_weights = family.spec(plan.family).CHECKPOINT
     problem = device_problem(plan.estimate, config.engine.device, gpus, cpus) if needs_weights else None
     if problem:
         raise ConfigError(problem)
     device = config.engine.device if config.engine.device != "auto" else "cuda" if gpus else "cpu"
+    device = device if needs_weights else "cpu"
+    parallel = to_dict(config)["parallel"]
+    heads = 1 if formation.is_single(parallel) else _heads(config)
+    estimates = [p.estimate for p in run.plans]
+    per_node = max((node.gpus for node in nodes), default=0) if device == "cuda" else None
+    bands = formation.bands_of(parallel, heads, estimates, per_node or None)
     threads = None if config.engine.threads == "auto" else int(config.engine.threads)
-    wanted = None if config.parallel.replicas == "auto" else int(config.parallel.replicas)
-    if device == "cuda" and needs_weights:
-        if wanted is not None and wanted > gpus:
-            raise ConfigError(
-                f"parallel.replicas: {wanted}, but the cluster has {gpus} GPUs; at most one replica a GPU"
-            )
-        resources = cluster.Resources(min(wanted or gpus, pending), cpus=1, gpus=1)
+    if device == "cuda":
+        replicas = formation.on_gpus(bands, nodes, pending, threads)
     else:
-        device = "cpu"
         each = CPU_REPLICA_BYTES + 2 * int(plan.estimate["weight_bytes"])
-        count, threads, share = cpu_replicas(cpus, memory // each, pending, wanted, threads)
-        resources = cluster.Resources(count, cpus=share, gpus=0)
-    return _settings(run, lease, device, threads), resources
+        replicas = formation.on_cpus(bands, nodes, pending, memory // each, threads)
+    return _settings(run, lease, device, replicas.threads), replicas
 
 
-def cpu_replicas(cpus: int, fit: int, pending: int, wanted: int | None, threads: int | None) -> tuple[int, int, float]:
-    """(replicas, threads of each, CPUs that each reserves) on `cpus` cores where `fit` replicas fit into memory.
-
-    More threads than cores slow each other manyfold, so an unsaid number of replicas or threads is what is left."""
-    count = wanted or max(1, min(cpus // (threads or 1), fit, pending))
-    share = cpus / count
-    reserved = float(int(share)) if share >= 1 else math.floor(share * 1e4) / 1e4
-    return count, threads or max(1, cpus // count), reserved
+def _heads(config: JobConfig) -> int:
+    """Attention heads of the model, by which a gang is laid out. ConfigError for a family that has no gangs."""
+    bound = model.resolve(config)
+    if importlib.util.find_spec(f"vidgen.models.{bound.family}.pipeline") is None:
+        raise ConfigError(
+            f"parallel: gangs are asked for; {bound.family} runs on one GPU, allowed: context 1 and cfg 1"
+        )
+    return bound.spec.heads(bound.params)
 
 
 def _settings(run: Run, lease: epochs.Lease, device: str, threads: int | None) -> Settings:
@@ -161,7 +165,7 @@ def _settings(run: Run, lease: epochs.Lease, device: str, threads: int | None) -
     )
 
 
-def _rules(run: Run, settings: Settings) -> Rules:
+def _rules(run: Run, settings: Settings, replicas: Formation) -> Rules:
     config = run.config
     tokens = config.engine.batch_tokens
     if tokens == "auto":
@@ -173,6 +177,9 @@ def _rules(run: Run, settings: Settings) -> Rules:
         batch_tokens=int(tokens),
         batch_items=BATCH_ITEMS,
         own_node=cluster.own_node(),
+        bands=replicas.bands,
+        band_of=replicas.band_of,
+        degree_of=replicas.degrees(),
     )
 
 

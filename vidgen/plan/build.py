@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from vidgen.config import JobConfig
 from vidgen.errors import PlanError
-from vidgen.plan.earlier import read_earlier
+from vidgen.plan.earlier import SCHEDULED, read_earlier
 from vidgen.plan.files import Objects, check_resume, freeze, read_plan, rejected_reasons, total_rejected
 from vidgen.plan.planning import Planning
 from vidgen.prompts import open_dataset
@@ -64,6 +64,8 @@ def build(
     plans = tuple(read_plan(objects)) if extend or not dry_run else ()
     if extend and not plans:
         raise PlanError("--extend: there is no frozen plan to extend; plan without it first")
+    if extend and SCHEDULED in plans[0].resolved:
+        raise PlanError("--extend: this run is one tick of a schedule; the next tick makes what is new")
     if dry_run:
         return _dry(config, objects, plans, say)
     token = token or secrets.token_hex(8)
@@ -85,7 +87,9 @@ def build(
 
 def changed_dataset(plans: Sequence[Plan], config: JobConfig) -> str | None:
     """A remark if the dataset is no longer the one the newest plan was made from; None if it is, or if it cannot be
-    read (a frozen plan does not need it)."""
+    read (a frozen plan does not need it), or if later ticks look after it."""
+    if SCHEDULED in plans[-1].resolved:
+        return None
     before = plans[-1].resolved["dataset"]
     try:
         now = open_dataset(config.dataset.path)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from hashlib import sha256
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as pt
@@ -49,17 +49,19 @@ class Cells:
 
 def fits(kind: type) -> tuple[Callable[[pa.DataType], bool], str]:
     """(test of a column's type, the allowed types in words) for values of `kind`. Columns of whole numbers with empty
-    cells are often stored as floats, so those are let through and each cell is checked."""
+    cells are often stored as floats, and databases store numbers as decimals: those are let through and each cell is
+    checked."""
     if kind is str:
         return pt.is_string, "text"
     if kind is bool:
         return pt.is_boolean, "boolean"
     words = "whole numbers" if kind is int else "numbers"
-    return lambda found: pt.is_integer(found) or pt.is_floating(found), words
+    return lambda found: pt.is_integer(found) or pt.is_floating(found) or pt.is_decimal(found), words
 
 
 def fits_id(kind: pa.DataType) -> bool:
-    return bool(pt.is_string(kind) or pt.is_integer(kind))
+    """Text, whole numbers, and decimals without a fraction (the 38 digits of databases)."""
+    return bool(pt.is_string(kind) or pt.is_integer(kind) or (pt.is_decimal(kind) and kind.scale == 0))
 
 
 def fits_media(kind: pa.DataType) -> bool:
@@ -74,7 +76,9 @@ def media(column: pa.Array, label: str, faults: Faults) -> list[MediaCell | None
     """Media cells or None; of a struct the bytes, else its path. An empty path, and no bytes at all, are an empty
     cell."""
     if pt.is_struct(column.type):
-        return [_of_struct(cell) for cell in column.to_pylist()]
+        parts = {column.type.field(i).name: part for i, part in enumerate(column.flatten())}
+        paths = strings(parts["path"], label, faults) if "path" in parts else [None] * len(column)
+        return [_of_struct(*cell) for cell in zip(parts["bytes"].to_pylist(), paths, strict=True)]
     if _is_bytes(column.type):
         return [_of_bytes(data) for data in column.to_pylist()]
     return [MediaCell(path) if path else None for path in strings(column, label, faults)]
@@ -102,12 +106,8 @@ def strings(column: pa.Array, label: str, faults: Faults) -> list[str | None]:
     return found
 
 
-def _of_struct(cell: Mapping[str, Any] | None) -> MediaCell | None:
-    if cell is None:
-        return None
-    if not cell["bytes"] and (path := cell.get("path")):
-        return MediaCell(path)
-    return _of_bytes(cell["bytes"])
+def _of_struct(data: bytes | None, path: str | None) -> MediaCell | None:
+    return MediaCell(path) if path and not data else _of_bytes(data)
 
 
 def _of_bytes(data: bytes | None) -> MediaCell | None:
@@ -123,14 +123,16 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pt.is_string(kind) or pt.is_large_string(kind))
 
 
-def _number(cell: int | float | None, kind: type, label: str, faults: Faults, position: int) -> int | float | None:
+def _number(
+    cell: int | float | Decimal | None, kind: type, label: str, faults: Faults, position: int
+) -> int | float | None:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return None
     if math.isinf(cell):
         faults.setdefault(position, []).append(f"{label} is {cell}; allowed: finite numbers")
         return None
     if kind is int and int(cell) != cell:
-        faults.setdefault(position, []).append(f"{label} is {cell!r}; allowed: whole numbers")
+        faults.setdefault(position, []).append(f"{label} is {cell}; allowed: whole numbers")
         return None
     number: int | float = kind(cell)
     return number

@@ -1,6 +1,7 @@
-"""What a plan will cost: arithmetic from the family's FLOP counts and a few stated assumptions, never a measurement.
+"""What a plan will cost, and what it fits on: arithmetic from the family's counts and a few stated assumptions.
 
-Every assumption stands beside its result, so that a reader can put in his own. Refuses to know the machine.
+Never a measurement. Every assumption stands beside its result, so that a reader can put in his own. Refuses to know the
+machine: `parallel.gpu` names the GPU that a plan is for.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vidgen import memory
 from vidgen.plan.shapes import Shape
+from vidgen.specs.gpus import GPUS
 
-GPU_TFLOPS = 344.0
-"""Effective bf16 TFLOP/s of an H100-class GPU: what eager diffusers reaches on Wan 2.1 (9.77 s a step of the 14B model
-at 480x832x81 on one H100)."""
+GPU_TFLOPS = GPUS["H100"].tflops * memory.EFFICIENCY
+"""Effective bf16 TFLOP/s where no GPU is named: of an H100."""
 CPU_GFLOPS_PER_CORE = 25.0
 """Effective fp32 GFLOP/s of one server core in transformer forwards."""
 SLOW_SECONDS = 30 * 60
@@ -20,33 +22,61 @@ SLOW_SECONDS = 30 * 60
 BITS_PER_PIXEL = {"mp4": 0.12, "webm": 0.10, "gif": 4.0, "png": 12.0}
 """Stored bits a pixel and frame: generated clips at crf 18 (mp4, webm), palette and lossless frames."""
 MOST_LABELS = 1000
+OTHERS = "other shapes"
 
 
 class Estimate:
-    """Adds up items by shape; `summary` is the `estimate` of PLAN.json."""
+    """Adds up items by shape; `summary` is the `estimate` of PLAN.json. With a placement, each shape is checked against
+    the GPU that it names, once."""
 
-    def __init__(self, format: str, price_per_gpu_hour: float | None, weight_bytes: int) -> None:
+    def __init__(
+        self,
+        format: str,
+        price_per_gpu_hour: float | None,
+        weight_bytes: int,
+        placement: memory.Placement | None = None,
+    ) -> None:
         self.format, self.price, self.weight_bytes = format, price_per_gpu_hour, weight_bytes
+        self.placement = placement
         self.shapes: dict[str, dict[str, Any]] = {}
-        self.flops, self.costliest, self.pixels = 0.0, 0.0, 0
+        self.flops, self.costliest, self.gpu_seconds, self.pixels = 0.0, 0.0, 0.0, 0
+        self._fits: dict[Shape, memory.Fit | None] = {}
 
     def add(self, shape: Shape, items: int) -> None:
-        label = shape.label if shape.label in self.shapes or len(self.shapes) < MOST_LABELS else "other shapes"
-        entry = self.shapes.setdefault(
-            label, {"shape": label, "items": 0, "tokens": shape.tokens, "tflops_per_item": shape.flops / 1e12}
-        )
+        """ConfigError where the shape cannot be made on the GPU that `parallel.gpu` names."""
+        fit = self._fit(shape)
+        label = shape.label if shape.label in self.shapes or len(self.shapes) < MOST_LABELS else OTHERS
+        entry = self.shapes.get(label)
+        if entry is None:
+            entry = {"shape": label, "items": 0, "tokens": shape.tokens, "tflops_per_item": shape.flops / 1e12}
+            entry |= fit.as_dict() if fit is not None and label != OTHERS else {}
+            self.shapes[label] = entry
         entry["items"] += items
         self.flops += shape.flops * items
+        seconds = shape.flops / (GPU_TFLOPS * 1e12) if fit is None else fit.seconds * fit.mesh.size
+        self.gpu_seconds += seconds * items
         self.costliest = max(self.costliest, shape.flops)
         self.pixels += shape.request.height * shape.request.width * shape.frames * items
 
+    def _fit(self, shape: Shape) -> memory.Fit | None:
+        if self.placement is None:
+            return None
+        if shape not in self._fits:
+            if len(self._fits) >= MOST_LABELS:
+                self._fits.clear()
+            self._fits[shape] = self.placement.of(shape.label, shape.request, shape.tokens, shape.flops)
+        return self._fits[shape]
+
     def summary(self) -> dict[str, Any]:
-        hours = self.flops / (GPU_TFLOPS * 1e12) / 3600
+        """Seconds and GPU-hours are of denoising: texts and frames are some per cent of it at the published sizes."""
+        hours = self.gpu_seconds / 3600
+        gpu = None if self.placement is None else self.placement.gpu
         return {
             "shapes": sorted(self.shapes.values(), key=lambda entry: -entry["items"]),
             "tflops": self.flops / 1e12,
             "tflops_costliest_item": self.costliest / 1e12,
-            "assumed_gpu_tflops": GPU_TFLOPS,
+            "gpu": gpu,
+            "assumed_gpu_tflops": GPU_TFLOPS if gpu is None else GPUS[gpu].tflops * memory.EFFICIENCY,
             "gpu_hours": hours,
             "price_per_gpu_hour": self.price,
             "price": None if self.price is None else hours * self.price,

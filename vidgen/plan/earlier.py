@@ -15,6 +15,9 @@ from vidgen.plan.rows import Block
 from vidgen.prompts import Rows
 from vidgen.types import Plan
 
+SCHEDULED = "scheduled"
+"""Key of a plan's `resolved` where a scheduled tick keeps what later ticks want to know; no other plan has it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
@@ -56,17 +59,21 @@ def _halves(item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def only_new(block: Block, rows: Rows, earlier: Earlier) -> Block:
     """The block without what earlier plans hold."""
-    keep = np.flatnonzero(~earlier.has(block.item_id)).tolist()
-    fresh = Block(block.media, truncated=block.truncated, truncated_tokens=block.truncated_tokens)
-    for name in ("position", "sample", "shape", "seed", "row_id", "item_id", "request_hash"):
-        setattr(fresh, name, [getattr(block, name)[i] for i in keep])
-    for name in ("prompt", "negative_prompt", "priority"):
-        setattr(fresh, name, [getattr(block, name)[i] for i in keep])
     refused = [
         i
         for i, (position, reason) in enumerate(zip(block.refused, block.reason, strict=True))
         if (rows.file, int(rows.row[position]), reason) not in earlier.rejected
     ]
+    return select(block, np.flatnonzero(~earlier.has(block.item_id)).tolist(), refused)
+
+
+def select(block: Block, items: Sequence[int], refused: Sequence[int]) -> Block:
+    """The block with these of its items and these of its rejections, by their places in its lists."""
+    chosen = Block(block.media, truncated=block.truncated, truncated_tokens=block.truncated_tokens)
+    for name in ("position", "sample", "shape", "seed", "row_id", "item_id", "request_hash"):
+        setattr(chosen, name, [getattr(block, name)[i] for i in items])
+    for name in ("prompt", "negative_prompt", "priority"):
+        setattr(chosen, name, [getattr(block, name)[i] for i in items])
     for name in ("refused", "refused_id", "refused_prompt", "variant", "reason"):
-        setattr(fresh, name, [getattr(block, name)[i] for i in refused])
-    return fresh
+        setattr(chosen, name, [getattr(block, name)[i] for i in refused])
+    return chosen

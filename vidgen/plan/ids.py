@@ -82,7 +82,7 @@ def _duplicates(column: str, selected: Callable[[], Iterator[Rows]]) -> Mapping[
 
 def _texts(rows: Rows, column: str, label: str, faults: cells.Faults) -> list[str | None]:
     values = rows.data.column(column)
-    if pt.is_integer(values.type):
+    if not pt.is_string(values.type):
         values = values.cast(pa.string())
     return cells.strings(values, label, faults)
 

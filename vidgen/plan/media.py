@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from vidgen import identity
 from vidgen.conditioning import inspect
 from vidgen.conditioning.inspect import Seen
-from vidgen.conditioning.places import cell_url, located, schemes, shown
+from vidgen.conditioning.places import cell_url, leaves, located, schemes, shown
 from vidgen.config import JobConfig
+from vidgen.config_rules import RELATIVE
 from vidgen.errors import InfrastructureError, ItemError
 from vidgen.plan.cells import Cells, MediaCell
 from vidgen.prompts import Rows
@@ -83,13 +84,21 @@ class MediaPlanner:
 
     def _field(self, name: str, rows: Rows, found: Cells) -> list[Seen | None]:
         cells, video, label = found.media[name], name == "video", self.labels[name]
-        places = [located(cell.path, self.folder) if cell is not None and cell.data is None else None for cell in cells]
-        self._learn({place for place in places if place is not None and self._refused(place) is None}, video)
+        places: list[str | None] = []
+        refused: list[str | None] = []
+        for cell in cells:
+            path = cell.path if cell is not None and cell.data is None else None
+            places.append(None if path is None else located(path, self.folder))
+            refused.append(None if path is None else self._refused(path))
+        wanted = {place for place, why in zip(places, refused, strict=True) if place is not None and why is None}
+        self._learn(wanted, video)
         result: list[Seen | None] = []
         for position, (cell, place) in enumerate(zip(cells, places, strict=True)):
             seen: Seen | None = None
             if cell is not None:
                 try:
+                    if (why := refused[position]) is not None:
+                        raise ItemError(why)
                     seen = self._seen(cell, place, rows, position, self.columns[name], video)
                 except ItemError as error:
                     own = "" if cell.data is not None else shown(cell.path)
@@ -103,22 +112,25 @@ class MediaPlanner:
         if cell.data is not None:
             return inspect.held(cell.data, cell.digest, cell_url(rows.url, int(rows.row[position]), column), video)
         assert place is not None
-        if (refused := self._refused(place)) is not None:
-            raise ItemError(refused)
         known = self._known[place, video]
         if isinstance(known, ItemError):
             raise ItemError(str(known)) from known
         return known
 
-    def _refused(self, place: str) -> str | None:
-        """Why a place is not even looked at; None if it is."""
+    def _refused(self, path: str) -> str | None:
+        """Why what a cell names is not even looked at; None if it is."""
         if self.schemes is None:
             return None
+        place = located(path, self.folder)
         refused = [scheme for scheme in schemes(place) if scheme not in self.schemes]
-        if not refused:
+        if not refused or (RELATIVE in self.schemes and not leaves(path, self.folder)):
             return None
         allowed = ", ".join(self.schemes) or "none"
-        return f"{shown(place)} is of the scheme {refused[0]}; allowed (dataset.media_schemes): {allowed}"
+        if RELATIVE in self.schemes and place != path:
+            why = "lies outside the dataset's folder"
+        else:
+            why = f"is of the scheme {refused[0]}"
+        return f"{shown(place)} {why}; allowed (dataset.media_schemes): {allowed}"
 
     def _learn(self, places: Iterable[str], video: bool) -> None:
         """Looks at the places that are not known yet."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from vidgen import VERSION, prompts, where
+from vidgen import VERSION, memory, prompts, where
 from vidgen.config import JobConfig, to_dict
 from vidgen.errors import ConfigError, PlanError
 from vidgen.plan import columns, cost, ids, model
@@ -56,7 +56,8 @@ class Planning:
         self.notes += columns.unmapped(config, self.carried)
         self.condition, self.condition_columns = self._where()
         weights = self.model.spec.weight_bytes(self.model.params)
-        self.estimate = cost.Estimate(config.output.format, config.run.price_per_gpu_hour, weights)
+        price = config.run.price_per_gpu_hour
+        self.estimate = cost.Estimate(config.output.format, price, weights, self._placement())
 
     def run(self, say: Callable[[str], None]) -> Plan | None:
         """The plan, its parts written; None if an extension finds nothing new. PlanError without a valid row, or with
@@ -194,6 +195,19 @@ class Planning:
                 f"model.checkpoint: {self.model.checkpoint} is not what the plan was made with: its hash is "
                 f"{self.model.checkpoint_hash[:12]}, the plan has {self.plans[-1].checkpoint_hash[:12]}"
             )
+
+    def _placement(self) -> memory.Placement:
+        """ConfigError for a mesh that this model's heads do not allow."""
+        config, bound = self.config, self.model
+        sizing = memory.sizing(
+            bound.family,
+            bound.spec,
+            bound.params,
+            dtype=config.model.dtype,
+            offload=config.engine.offload,
+            quantization=config.engine.quantization,
+        )
+        return memory.Placement(sizing, to_dict(config)["parallel"], bound.spec.heads(bound.params))
 
     def _check_configured_texts(self) -> None:
         for shape in self.shaper.shapes(tuple(None for _ in self.shaper.fields), self.shaper.required):

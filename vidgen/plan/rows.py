@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from vidgen import identity, tokens
 from vidgen.config import JobConfig
+from vidgen.errors import printable
 from vidgen.plan import cells
 from vidgen.plan.cells import Cells
 from vidgen.plan.files import ITEM_SCHEMA, MEDIA_TYPE, REJECTED_SCHEMA
@@ -26,6 +27,8 @@ from vidgen.types import MEDIA_FIELDS
 
 MOST_SEED = 2**48 - 1
 MOST_PRIORITY = 2**31 - 1
+MOST_REASON = 4_000
+"""Letters of a reason: it may quote a cell, which may be a book."""
 MOST_TEXTS = 10_000
 """Negative prompts whose token counts are remembered."""
 
@@ -155,7 +158,8 @@ class RowPlanner:
         block.refused_id.append(row_id)
         block.refused_prompt.append(prompt)
         block.variant.append(variant_text(self.shaper.variants, variant))
-        block.reason.append("; ".join(reasons))
+        reason = printable("; ".join(reasons))
+        block.reason.append(reason if len(reason) <= MOST_REASON else f"{reason[:MOST_REASON]}...")
 
     def _check_texts(self, found: Cells, block: Block) -> None:
         """Empty prompts, seeds and priorities out of range, texts longer than the encoder takes."""

@@ -19,7 +19,10 @@ const vidgenReport = (() => {
   function make(tag, name, text) {
     const node = document.createElement(tag);
     if (name) node.className = name;
-    if (text !== undefined) node.textContent = text;
+    if (text !== undefined) {
+      node.textContent = text;
+      node.dir = "auto";  // written from right to left where it is, and never turning what stands beside it
+    }
     return node;
   }
   const script = (name) => new Promise((resolve, reject) => {
@@ -167,7 +170,7 @@ const vidgenReport = (() => {
     const thumb = make("span", row[at.width] && row[at.width] <= 160 ? "thumb tiny" : "thumb"), video = row[at.video];
     const note = (title, text) => {
       const box = make("p");
-      box.append(make("b", "", title), text);
+      box.append(make("b", "", title), make("bdi", "", text));
       thumb.append(box);
     };
     if (status !== "done") {

@@ -115,7 +115,30 @@ def _rows(tables: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
     for table in tables:
         binary = [f.name for f in table.schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
         for batch in table.drop_columns(binary).to_batches(max_chunksize=CHUNK):
-            yield from batch.to_pylist()
+            columns = [_cells(column) for column in batch.columns]
+            for row in zip(*columns, strict=True):
+                yield dict(zip(batch.schema.names, row, strict=True))
+
+
+def _cells(column: pa.Array) -> list[Any]:
+    """A column's values; of cells that Python has no value for (years beyond 9999, nanoseconds, unknown time zones,
+    text that is not UTF-8) what Arrow writes for them, or what they are."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError, KeyError, pa.ArrowException):
+        return [_cell(cell) for cell in column]
+
+
+def _cell(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError, KeyError, pa.ArrowException):
+        pass
+    try:
+        text: str = cell.cast(pa.string()).as_py()
+        return text
+    except (ValueError, pa.ArrowException):
+        return f"({cell.type} that cannot be shown)"
 
 
 class _Sheets:
@@ -231,7 +254,7 @@ def _write_page(objects: Objects, gallery: Gallery, title: str) -> None:
         "stamp": f"{time.time():.0f}",
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string((package / "index.html").read_text()).render(
+    page = environment.from_string((package / "index.html").read_text("utf-8")).render(
         title=title,
         output=objects.url,
         when=time.strftime("%Y-%m-%d %H:%M %Z"),

@@ -1,17 +1,22 @@
-"""What `vidgen plan` says: rows, rejects with reasons, shapes, cost, and how the cost is known."""
+"""What `vidgen plan` says: rows, rejects with reasons, shapes, what they fit on, cost, and how the cost is known."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from vidgen.errors import printable
+from vidgen.memory import GIB
 from vidgen.plan.build import PlanResult
 from vidgen.report.wording import duration, size
 
 MOST_REASONS = 20
+FITS: Mapping[bool | None, str] = {True: "yes", False: "no", None: "its weights do"}
 
 
 def as_json(result: PlanResult) -> dict[str, Any]:
@@ -23,8 +28,11 @@ def show(result: PlanResult, output: str, console: Console) -> None:
     """The plan as a person reads it; the last lines are what to do next."""
     plan, counts, estimate = result.plan, result.plan.counts, result.plan.estimate
     state = "frozen now" if result.made else ("found frozen" if plan.parts else "dry run, nothing frozen")
-    console.print(f"[bold]{plan.config['name']}[/bold]  plan {plan.k}, {state}", highlight=False)
-    console.print(f"  model     {plan.family} {plan.task}, checkpoint {plan.checkpoint or 'none'}", highlight=False)
+    console.print(f"[bold]{escape(printable(plan.config['name']))}[/bold]  plan {plan.k}, {state}", highlight=False)
+    console.print(
+        f"  model     {plan.family} {plan.task}, checkpoint {escape(printable(plan.checkpoint or 'none'))}",
+        highlight=False,
+    )
     console.print(f"  rows      {counts['rows']:,} read, {counts['rejected']:,} rejected", highlight=False)
     console.print(f"  items     {counts['items']:,}", highlight=False)
     if counts.get("truncated_prompts"):
@@ -38,15 +46,47 @@ def show(result: PlanResult, output: str, console: Console) -> None:
         console.print(f"  rejected  and {len(result.reasons) - MOST_REASONS} more reasons", style="yellow")
     for note in result.notes:
         console.print(f"  note      {note}", markup=False, highlight=False, soft_wrap=True)
-    table = Table("shape", "items", "tokens", "TFLOP an item", box=None, pad_edge=False, padding=(0, 2))
-    for row in estimate["shapes"][:MOST_REASONS]:
-        table.add_row(row["shape"], f"{row['items']:,}", f"{row['tokens']:,}", f"{row['tflops_per_item']:,.3g}")
-    console.print(table)
+    console.print(_shapes(estimate))
+    _unfitting(estimate, console)
     price = f", {estimate['price']:,.2f} at {estimate['price_per_gpu_hour']:g} a GPU-hour" if estimate["price"] else ""
-    speed = f"counted FLOPs at an assumed {estimate['assumed_gpu_tflops']:g} TFLOP/s"
-    console.print(f"  cost      {estimate['gpu_hours']:,.3g} GPU-hours ({speed}){price}", highlight=False)
+    speed = f"counted FLOPs at an assumed {estimate['assumed_gpu_tflops']:.4g} TFLOP/s"
+    speed += f" of {estimate['gpu']}" if estimate.get("gpu") else ""  # absent from older plans
+    console.print(f"  cost      {estimate['gpu_hours']:,.3g} GPU-hours of denoising ({speed}){price}", highlight=False)
     slow = duration(estimate["seconds_per_item_one_core"])
     console.print(f"  on a CPU  about {slow} an item and core, for the costliest", highlight=False)
     console.print(f"  out       about {size(estimate['bytes'])}", highlight=False)
     if plan.parts:
         console.print(f"next:\n  vidgen generate {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _shapes(estimate: Mapping[str, Any]) -> Table:
+    """A line a shape; where a GPU is named, also how it fits there and what it takes."""
+    rows = estimate["shapes"][:MOST_REASONS]
+    placed = [row for row in rows if "gpu" in row]
+    extra: tuple[str, ...] = ()
+    if placed:
+        room = f"GiB of {placed[0]['usable_bytes'] / GIB:.3g}"
+        extra = ("GPUs", room, f"fits {placed[0]['gpu']}", "denoising an item")
+    table = Table("shape", "items", "tokens", "TFLOP an item", *extra, box=None, pad_edge=False, padding=(0, 2))
+    for row in rows:
+        cells = [row["shape"], f"{row['items']:,}", f"{row['tokens']:,}", f"{row['tflops_per_item']:,.3g}"]
+        if "gpu" in row:
+            need = f"{row['memory_bytes'] / GIB:.3g} to {row['stage']}"
+            cells += [str(row["gpus"]), need, FITS[row["fits"]], duration(row["seconds_per_item"])]
+        table.add_row(*cells)
+    return table
+
+
+def _unfitting(estimate: Mapping[str, Any], console: Console) -> None:
+    """For each shape that does not fit as things are: the degree at which it does, and what takes the most."""
+    for row in estimate["shapes"]:
+        if row.get("fits") is False:
+            largest = ", ".join(f"{term['name']} {term['bytes'] / GIB:.3g} GiB" for term in row["terms"][:2])
+            least = f"from parallel.context={row['smallest_context']}"
+            console.print(
+                f"  memory    {row['shape']} fits {row['gpu']} {least} ({largest})",
+                style="yellow",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )

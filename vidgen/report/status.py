@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vidgen import manifest
+from vidgen.errors import printable
 from vidgen.plan.files import require_plan, total_items, total_rejected
 from vidgen.report.summary import signature
 from vidgen.report.wording import duration
@@ -93,7 +96,8 @@ def show(found: Status, console: Console) -> None:
     """The status as a person reads it."""
     state = "finished" if found.finished else f"driver {found.driver}"
     model = f"{found.family}, {found.checkpoint}" if found.checkpoint else found.family
-    console.print(f"[bold]{found.name}[/bold]  {model}  ({state})", highlight=False)
+    name, model = escape(printable(found.name)), escape(printable(model))
+    console.print(f"[bold]{name}[/bold]  {model}  ({state})", highlight=False)
     parts = [f"{found.done}/{found.total} done"]
     parts += [f"{getattr(found, n)} {n}" for n in ("pending", "failed", "quarantined", "rejected") if getattr(found, n)]
     if found.rate:
@@ -104,7 +108,7 @@ def show(found: Status, console: Console) -> None:
     if found.failures:
         table = Table("items", "failure", "example", title="failures", title_justify="left")
         for row in found.failures:
-            table.add_row(str(row.count), row.error[:200], row.example)
+            table.add_row(str(row.count), Text(printable(row.error[:200])), row.example)
         console.print(table)
         console.print(f"  vidgen retry {found.output}", markup=False, highlight=False, soft_wrap=True)
     elif found.pending and found.driver != "running":

@@ -56,10 +56,11 @@ def list_generations(objects: Objects) -> list[int]:
     return sorted(int(name[: -len(".parquet")]) for name in names if name.endswith(".parquet"))
 
 
-def read_generations(objects: Objects) -> dict[str, int]:
-    """Item id -> the highest generation that lists it; items that no generation reopened are absent."""
+def read_generations(objects: Objects, numbers: Iterable[int] | None = None) -> dict[str, int]:
+    """Item id -> the highest generation that lists it; items that no generation reopened are absent. `numbers` are what
+    `list_generations` said, if it was asked already."""
     highest: dict[str, int] = {}
-    for generation in list_generations(objects):
+    for generation in list_generations(objects) if numbers is None else numbers:
         table = pq.read_table(io.BytesIO(objects.read(f"generations/{generation}.parquet")), columns=["item_id"])
         for item_id in table.column("item_id").to_pylist():
             highest[item_id] = generation

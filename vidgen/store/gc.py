@@ -1,7 +1,8 @@
 """Garbage collection: objects below data/ that no commit names.
 
 An orphan of a terminal item may go at any age, an object of a pending item never below two hours: a replica may be
-about to commit it. Generations, commit and age are read again just before each deletion. Nothing else is ever deleted.
+about to commit it. Generations, commit and age are read again just before each deletion; ages are by the store's clock,
+since this machine's may be wrong. Nothing else is ever deleted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vidgen.store import commits, ledger
-from vidgen.store.objects import Entry, Objects
+from vidgen.store.objects import Objects, new_token
 
 SAFE_SECONDS = 2 * 3600.0
 
@@ -32,15 +33,18 @@ def collect(
     *,
     before_delete: Callable[[], None] = lambda: None,
     dry_run: bool = False,
-    now: Callable[[], float] = time.time,
+    now: Callable[[], float] | None = None,
 ) -> Swept:
     """Deletes orphans at least `older_than` seconds old. Below two hours the caller must hold the lease;
-    `before_delete` is called before each deletion and may raise."""
+    `before_delete` is called before each deletion and may raise. `now` is the store's time (None: it is asked; a
+    `dry_run`, which writes nothing, believes this machine)."""
     seen = removed = size = 0
+    now = now or (time.time if dry_run else _store_clock(objects))
     named = _named(objects)
     for entry in objects.list("data"):
         seen += 1
-        if entry.path not in named and _orphan(objects, entry, older_than, now()):
+        old = now() - entry.mtime >= older_than
+        if old and entry.path not in named and _orphan(objects, entry.path, older_than, now):
             if not dry_run:
                 before_delete()
                 objects.delete(entry.path)
@@ -67,13 +71,16 @@ def _named(objects: Objects) -> set[str]:
     return named
 
 
-def _orphan(objects: Objects, entry: Entry, older_than: float, now: float) -> bool:
-    item_id = item_of(entry.path)
-    age = now - entry.mtime
-    if age < older_than:
-        return False
+def _orphan(objects: Objects, path: str, older_than: float, now: Callable[[], float]) -> bool:
+    item_id = item_of(path)
     generation = commits.read_generations(objects).get(item_id, 0)
     record = commits.read_commit(objects, generation, item_id)
-    if record is None:
-        return age >= SAFE_SECONDS and age >= older_than
-    return record.video != entry.path
+    entry = objects.head(path)
+    if entry is None or (record is not None and record.video == path):
+        return False
+    return now() - entry.mtime >= (older_than if record is not None else max(older_than, SAFE_SECONDS))
+
+
+def _store_clock(objects: Objects) -> Callable[[], float]:
+    ahead = objects.now(new_token()) - time.time()
+    return lambda: time.time() + ahead

@@ -1,29 +1,43 @@
-"""Objects under one fsspec URL: atomic whole-object puts, create-only writes, listings without a cache.
+"""Objects under one URL: atomic whole-object puts, create-only writes, listings without a cache.
 
-The only file that touches a filesystem for outputs. Refuses to know what the objects mean. The same code serves
-`file://`, `memory://` and the object stores of fsspec; local files get the atomicity that fsspec does not give them
-(temporary file in the same folder, fsync, link or rename).
+The only door to outputs. Refuses to know what the objects mean; what each kind of store does differently is in a file
+of its own (`local`, `s3`, `azure`, `google`, `other`), what an answer means and how often it is asked again in `retry`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from vidgen.errors import ConfigError, InfrastructureError
+from vidgen.store import retry
+from vidgen.store.azure import Azure
+from vidgen.store.google import Google
+from vidgen.store.kind import Entry, Kind
+from vidgen.store.local import TEMPORARY, Local
+from vidgen.store.other import Other
+from vidgen.store.redaction import Secrets, refuse_credentials
+from vidgen.store.s3 import S3
 
-TEMPORARY = ".tmp-"
-"""Prefix of the names under which local files are written before they are published; listings pass over them."""
+__all__ = ["TEMPORARY", "Entry", "Objects", "new_token"]
+
+T = TypeVar("T")
+
+EXTRAS: dict[str, tuple[Callable[[str], S3 | Azure | Google], str]] = {
+    **dict.fromkeys(("s3", "s3a"), (S3, "s3")),
+    **dict.fromkeys(("abfs", "abfss", "az"), (Azure, "azure")),
+    **dict.fromkeys(("gs", "gcs"), (Google, "gcs")),
+}
+"""Protocol -> who serves it, and the extra of this package that it needs."""
+WAY_OUT = "use another store, or set run.single_writer: true if only one driver will ever write there"
 
 
 def new_token() -> str:
@@ -31,31 +45,31 @@ def new_token() -> str:
     return secrets.token_hex(8)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One listed object: path below the store's root, bytes, modification time (seconds since the epoch)."""
-
-    path: str
-    size: int
-    mtime: float
-
-
 class Objects:
     """Objects below `url`. Paths are relative, with forward slashes.
 
     `single_writer` is for a store that ignores the create-only condition: create then means look, put, read back,
-    which is only right while one process writes.
+    which is only right while one process writes. Every verb tries again where that may help, and then raises
+    InfrastructureError; what only a person can mend is a `retry.Refused`.
     """
 
     def __init__(self, url: str, *, single_writer: bool = False) -> None:
-        try:
-            self.fs, root = fsspec.core.url_to_fs(str(url), **_options(str(url)))
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"{url!r} cannot be opened as a store: {error}") from error
         self.url = str(url)
-        self.root = root.rstrip("/")
         self.single_writer = single_writer
-        self.local = isinstance(self.fs, LocalFileSystem)
+        refuse_credentials(self.url)
+        self.kind: Kind
+        try:
+            self.kind, root, self._secrets = _open(self.url)
+        except ImportError as error:
+            extra = EXTRAS.get(_protocol(self.url), (None, ""))[1]
+            way = f'; pip install "vidgen[{extra}]"' if extra else ""
+            raise ConfigError(f"{self.url!r} cannot be opened as a store: {error}{way}") from error
+        except ValueError as error:
+            said = Secrets(fsspec.config.conf).clean(str(error))
+            raise ConfigError(f"{self.url!r} cannot be opened as a store: {said}") from None
+        self.root = root.rstrip("/")
+        self.local = isinstance(self.kind, Local)
+        self._answered = False
 
     def path(self, path: str) -> str:
         """The filesystem's own name of an object."""
@@ -67,121 +81,99 @@ class Objects:
         """Creates an object that must not exist yet. True if it now holds our bytes (an earlier, ambiguous attempt of
         ours included: the object is read back and `token` looked for); False if somebody else's is there."""
         assert token.encode() in data, "a create-only object carries its writer's token"
-        try:
-            if self.single_writer:
-                if self.exists(path):
-                    raise FileExistsError(path)
-                self.put(path, data)
-                return self.read(path) == data
-            if self.local:
-                self._publish(path, data, exclusive=True)
-            else:
-                self.fs.pipe_file(self.path(path), data, mode="create")
-            return True
-        except FileExistsError:
-            return token.encode() in self.read(path)
+        name = self.path(path)
+
+        def attempt() -> bool:
+            try:
+                if not self.single_writer:
+                    self.kind.create(name, data)
+                    return True
+                with contextlib.suppress(FileNotFoundError):
+                    return token.encode() in self.kind.read(name)
+                self.kind.put(name, data)
+                return self.kind.read(name) == data
+            except FileExistsError:
+                pass
+            try:
+                return token.encode() in self.kind.read(name)
+            except FileNotFoundError:  # it was deleted since, or its creation failed beside ours
+                raise retry.Unsettled("it was there, and then it was not") from None
+
+        return self._write(path, attempt)
 
     def put(self, path: str, data: bytes) -> None:
-        """Writes a whole object, atomically, over whatever is there."""
-        if self.local:
-            self._publish(path, data, exclusive=False)
-        else:
-            self.fs.pipe_file(self.path(path), data)
+        """Writes a whole object, atomically, over whatever is there. After a try of unknown outcome the same bytes are
+        written again."""
+        self._write(path, lambda: self.kind.put(self.path(path), data))
 
     def put_file(self, path: str, source: str | Path) -> None:
-        """Writes a whole object from a local file, atomically, over whatever is there. The file must not be changed
-        afterwards: on the same disk the object is the file itself under another name."""
-        if not self.local:
-            self.fs.put_file(str(source), self.path(path))
-            return
-        final = self.path(path)
-        temporary = self._temporary(final)
-        try:
-            try:
-                os.link(source, temporary)
-            except OSError:  # another filesystem, or one without links
-                shutil.copyfile(source, temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, final)
-        finally:
-            _unlink(temporary)  # still there after an error, or where both names were the same file already
+        """Writes a whole object from a local file, atomically, over whatever is there, in bounded memory. The file must
+        not be changed afterwards: on the same disk the object is the file itself under another name."""
+        self._write(path, lambda: self.kind.put_file(self.path(path), str(source)))
 
     def delete(self, path: str) -> None:
         """Deletes an object; one that is not there is no error."""
         with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self.path(path))
+            self._tried(path, lambda: self.kind.delete(self.path(path)))
 
-    def _publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
-        final = self.path(path)
-        temporary = self._temporary(final)
+    def _write(self, path: str, act: Callable[[], T]) -> T:
         try:
-            descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(descriptor, view) :]
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            if exclusive:
-                os.link(temporary, final)
-            else:
-                os.replace(temporary, final)
-        finally:
-            _unlink(temporary)
-
-    def _temporary(self, final: str) -> str:
-        folder, name = os.path.split(final)
-        os.makedirs(folder, exist_ok=True)
-        return f"{folder}/{TEMPORARY}{secrets.token_hex(8)}-{name}"
+            return self._tried(path, act)
+        except FileNotFoundError as error:
+            if self.local:
+                raise
+            raise retry.Refused(
+                f"{self._shown(path)}: there is no such bucket or container; it must be made first"
+            ) from error
 
     # ---------------------------------------------------------------- reading
 
     def read(self, path: str) -> bytes:
         """The whole object; FileNotFoundError if there is none."""
-        if self.local:
-            with open(self.path(path), "rb") as file:
-                return file.read()
-        data: bytes = self.fs.cat_file(self.path(path))
-        return data
+        return self._tried(path, lambda: self.kind.read(self.path(path)))
 
     def exists(self, path: str) -> bool:
-        if self.local:
-            return os.path.exists(self.path(path))
-        self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path(path)))
+        return self.head(path) is not None
 
     def size(self, path: str) -> int | None:
         """Bytes of the object, or None if there is none."""
-        try:
-            self.fs.invalidate_cache()
-            return int(self.fs.info(self.path(path))["size"])
-        except FileNotFoundError:
-            return None
+        entry = self.head(path)
+        return None if entry is None else entry.size
+
+    def head(self, path: str) -> Entry | None:
+        """Bytes and age of the object, by one request; None if there is none."""
+        found = self._tried(path, lambda: self.kind.head(self.path(path)))
+        return None if found is None else replace(found, path=path)
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """All objects below the folder `prefix`, at any depth, sorted by path within what the store lists."""
-        if self.local:
-            yield from _walk(self.path(prefix), prefix.rstrip("/"))
+        """All objects below the folder `prefix`, at any depth, by name; a page of the store's listing at a time."""
+        folder, cut = self.path(prefix), len(self.root) + 1
+        if isinstance(self.kind, Local):
+            for entry in self.kind.walk(folder):
+                yield replace(entry, path=entry.path[cut:])
             return
-        self.fs.invalidate_cache()
-        cut = len(self.root) + 1
-        for name, info in sorted(self.fs.find(self.path(prefix), detail=True).items()):
-            yield Entry(name[cut:] if name.startswith(self.root) else name, int(info["size"]), _mtime(info))
+        cursor: str | None = None
+        while True:
+            entries, cursor = self._tried(prefix, lambda cursor=cursor: self.kind.page(folder, cursor))  # type: ignore[misc]
+            for entry in entries:
+                yield Entry(entry.path[cut:], entry.size, entry.mtime)
+            if cursor is None:
+                return
+
+    def now(self, token: str) -> float:
+        """The store's own time, by writing an object and looking at its age: what its ages can be held against, however
+        wrong this machine's clock is."""
+        path = f"epochs/.clock-{token}"
+        self.put(path, token.encode())
+        entry = self.head(path)
+        self.delete(path)
+        return entry.mtime if entry is not None else time.time()
 
     def sweep_temporaries(self, prefix: str, older_than: float) -> int:
         """Removes what writers that died left half-written on a local disk; returns how many."""
-        if not self.local:
-            return 0
-        removed = 0
-        for folder, _, names in os.walk(self.path(prefix)):
-            for name in names:
-                file = os.path.join(folder, name)
-                if name.startswith(TEMPORARY) and os.path.getmtime(file) < time.time() - older_than:
-                    _unlink(file)
-                    removed += 1
-        return removed
+        return self.kind.sweep_temporaries(self.path(prefix), older_than) if isinstance(self.kind, Local) else 0
+
+    # ---------------------------------------------------------------- trouble
 
     def probe(self, token: str) -> None:
         """Refuses, with the reason and the way out, a store that cannot be written or that ignores create-only."""
@@ -193,47 +185,43 @@ class Objects:
             held = self.read(path)
             self.delete(path)
         except (OSError, InfrastructureError) as error:
-            raise ConfigError(f"output.path: {self.url!r} cannot be written: {error!r}") from error
+            said = str(error) if isinstance(error, InfrastructureError) else self._secrets.clean(repr(error))
+            raise ConfigError(f"output.path: {self.url!r} cannot be written: {said}") from error.__cause__
+        except (NotImplementedError, TypeError) as error:
+            said = self._secrets.clean(str(error))
+            raise ConfigError(
+                f"output.path: {self.url!r} has no create-only writes ({said}), so two writers could undo each other; "
+                f"{WAY_OUT}"
+            ) from error
         if not first or second or not held.endswith(b"first"):
             raise ConfigError(
-                f"output.path: {self.url!r} ignores create-only writes, so two writers could undo each other; "
-                "use another store, or set run.single_writer: true if only one driver will ever write there"
+                f"output.path: {self.url!r} ignores create-only writes, so two writers could undo each other; {WAY_OUT}"
             )
 
+    def _tried(self, path: str, act: Callable[[], T]) -> T:
+        patience = retry.PATIENCE if self._answered else retry.FIRST_PATIENCE
+        name = self._shown(path)
+        try:
+            done = retry.tried(act, self.kind.diagnose, name, patience=patience, clean=self._secrets.clean)
+        except FileNotFoundError:
+            self._answered = True
+            raise
+        self._answered = True
+        return done
 
-def _options(url: str) -> dict[str, Any]:
-    """Filesystem options: no listing cache where truth is read."""
-    protocol = url.split("://", 1)[0] if "://" in url else "file"
-    return {} if protocol in ("file", "local", "memory") else {"use_listings_cache": False}
-
-
-def _walk(folder: str, prefix: str) -> Iterator[Entry]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for entry in entries:
-        path = f"{prefix}/{entry.name}" if prefix else entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path, path)
-        elif not entry.name.startswith(TEMPORARY):
-            try:
-                info = entry.stat()
-            except FileNotFoundError:
-                continue
-            yield Entry(path, info.st_size, info.st_mtime)
+    def _shown(self, path: str) -> str:
+        return f"{self.url.rstrip('/')}/{path}"
 
 
-def _mtime(info: dict[str, Any]) -> float:
-    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
-        value = info.get(key)
-        if isinstance(value, int | float):
-            return float(value)
-        if value is not None and hasattr(value, "timestamp"):
-            return float(value.timestamp())
-    return time.time()
+def _protocol(url: str) -> str:
+    return url.split("://", 1)[0] if "://" in url else "file"
 
 
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+def _open(url: str) -> tuple[Kind, str, Secrets]:
+    """Who serves a URL, what its paths begin with, and what must not be shown."""
+    if _protocol(url) in EXTRAS and "::" not in url:
+        served = EXTRAS[_protocol(url)][0](url)
+        return served, served.root, served.secrets
+    fs, root = fsspec.core.url_to_fs(url)
+    secret = Secrets(getattr(fs, "storage_options", {}))
+    return (Local() if isinstance(fs, LocalFileSystem) else Other(fs)), root, secret

@@ -57,8 +57,8 @@ def load(objects: Objects, items: int, *, compact: bool = False) -> State:
     """State of a run with `items` planned items. `compact` writes the commits that no ledger part named into new parts
     (the driver does; a reader does not)."""
     state = State(items)
-    state.generations = commits.read_generations(objects)
     all_generations = [0, *commits.list_generations(objects)]
+    state.generations = commits.read_generations(objects, all_generations[1:])
     state.generation = all_generations[-1]
     named: dict[int, list[np.ndarray]] = {generation: [] for generation in all_generations}
     for table in ledger.read_tables(objects):

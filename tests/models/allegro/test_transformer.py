@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from tests.models.allegro.published import TRANSFORMERS
 from tests.models.offline import randomise
-from tests.models.wan.test_transformer import ThreadGang
 from vidgen.models.allegro.params import transformer_params
 from vidgen.models.allegro.transformer import AllegroTransformer3DModel
 
@@ -143,25 +140,6 @@ def test_timesteps_that_bfloat16_cannot_tell_apart_give_different_modulations() 
     modulations = native.to(torch.bfloat16).adaln_single(torch.tensor([988.49, 987.17]))[1]
     assert modulations.dtype == torch.float32
     assert not torch.equal(modulations[0], modulations[1])
-
-
-@pytest.mark.parametrize("frames", [4, 3], ids=["even_tokens", "odd_tokens"])
-def test_two_ranks_that_share_the_tokens_give_what_one_gives(frames: int) -> None:
-    _, native = pair("published")
-    native.requires_grad_(False)
-    x = torch.randn(2, 4, frames, 6, 6, generator=torch.Generator().manual_seed(3))
-    context = native.text_context(*prompt())
-    expected = native(x, TIMESTEP, context)
-    mailbox, barrier = [torch.empty(0)] * 2, Barrier(2, timeout=60)
-    gangs = [ThreadGang(rank, mailbox, barrier) for rank in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda gang: native(x, TIMESTEP, context, cp=gang), gangs))
-    for result in results:
-        # The tolerance of context parallelism: attention sums over tokens in another blocking.
-        torch.testing.assert_close(result, expected, rtol=0, atol=STAGE)
-    # Tokens and the two tables of rope; q, k, v and the result of self-attention alone, twice; the end.
-    layer = ["to_heads"] * 3 + ["to_tokens"]
-    assert gangs[0].calls == ["shard"] * 3 + layer * 2 + ["gather"]
 
 
 def test_latents_that_the_patch_does_not_divide_are_refused_with_their_size() -> None:

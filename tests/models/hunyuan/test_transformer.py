@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from torch import Tensor
 from tests.models.hunyuan import published, tiny_checkpoint
 from vidgen.models.hunyuan.params import transformer_params
 from vidgen.models.hunyuan.transformer import HunyuanVideoTransformer3DModel, TextContext
-from vidgen.nn.attention import joint_attention
 
 # Sums in another order, and rope angles in float64; observed 1e-6.
 STAGE = 1e-4
@@ -143,51 +140,6 @@ def test_what_cannot_be_is_refused() -> None:
         native(latents(native), TIMESTEP, text)
     with pytest.raises(ValueError, match="5 x 6 are not multiples of the patch 2"):
         native(torch.zeros(2, 4, 3, 5, 6), TIMESTEP, text, GUIDANCE)
-
-
-class ThreadGang:
-    """One rank of a gang of two that are threads of this process and hand tensors to each other through a list."""
-
-    size = 2
-
-    def __init__(self, rank: int, mailbox: list[Tensor], barrier: Barrier) -> None:
-        self.rank, self.mailbox, self.barrier = rank, mailbox, barrier
-
-    def shard(self, x: Tensor) -> Tensor:
-        return x.tensor_split(2, dim=1)[self.rank]
-
-    def gather(self, x: Tensor, tokens: int) -> Tensor:
-        self.mailbox[self.rank] = x
-        self.barrier.wait()
-        whole = torch.cat(list(self.mailbox), dim=1)
-        self.barrier.wait()
-        assert whole.shape[1] == tokens
-        return whole
-
-
-@pytest.mark.parametrize("name", ["t2v", "token_replace"])
-@pytest.mark.parametrize("frames", [1, 2, 3], ids=["first_frame_on_both", "a_frame_each", "odd_tokens"])
-def test_two_ranks_that_share_the_video_tokens_give_what_one_gives(
-    name: str, frames: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Attention here gathers keys and values of the video, however `vidgen.nn` exchanges them."""
-    _, native = pair(name)
-    x, text = latents(native)[:, :, :frames, :2], TextContext.join(contexts(native))
-    alone = native(x, TIMESTEP, text, GUIDANCE)
-
-    def gathering(video: Any, words: Any, lengths: Any, cp: Any) -> Any:
-        keys, values = (cp.gather(part, frames * 3) for part in video[1:])
-        return joint_attention((video[0], keys, values), words, lengths)
-
-    def run(gang: ThreadGang) -> Tensor:
-        with torch.no_grad():  # which is a matter of the thread
-            return native(x, TIMESTEP, text, GUIDANCE, cp=gang)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("vidgen.models.hunyuan.transformer.joint_attention", gathering)
-    mailbox, barrier = [torch.empty(0)] * 2, Barrier(2, timeout=60)
-    with ThreadPoolExecutor(2) as pool:
-        for result in pool.map(run, [ThreadGang(rank, mailbox, barrier) for rank in range(2)]):
-            torch.testing.assert_close(result, alone, rtol=0, atol=BATCH)
 
 
 @pytest.mark.parametrize("name", published.TRANSFORMERS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from typing import Any
 
 import pytest
@@ -164,63 +162,6 @@ def test_bfloat16_is_as_close_to_fp32_as_diffusers_is() -> None:
     assert found.dtype == torch.bfloat16
     # Both round at the same places, up to the order within one.
     assert (found.float() - exact).abs().mean() < 1.1 * (half - exact).abs().mean()
-
-
-class ThreadGang:
-    """One rank of a gang of two that are threads of this process and hand tensors to each other through a list."""
-
-    size = 2
-
-    def __init__(self, rank: int, mailbox: list[Tensor], barrier: Barrier) -> None:
-        self.rank, self.mailbox, self.barrier = rank, mailbox, barrier
-        self.calls: list[str] = []
-
-    def _everyones(self, x: Tensor, call: str) -> list[Tensor]:
-        self.calls.append(call)
-        self.mailbox[self.rank] = x
-        self.barrier.wait()
-        tensors = list(self.mailbox)
-        self.barrier.wait()
-        return tensors
-
-    def shard(self, x: Tensor) -> Tensor:
-        self.calls.append("shard")
-        return x.tensor_split(2, dim=1)[self.rank]
-
-    def gather(self, x: Tensor, tokens: int) -> Tensor:
-        whole = torch.cat(self._everyones(x, "gather"), dim=1)
-        assert whole.shape[1] == tokens
-        return whole
-
-    def to_heads(self, x: Tensor) -> Tensor:
-        return torch.cat(self._everyones(x, "to_heads"), dim=1).chunk(2, dim=2)[self.rank]
-
-    def to_tokens(self, x: Tensor) -> Tensor:
-        return torch.cat(self._everyones(x, "to_tokens"), dim=2).tensor_split(2, dim=1)[self.rank]
-
-
-@pytest.mark.parametrize("tokens", [TOKENS, TOKENS - 1], ids=["even_tokens", "odd_tokens"])
-@pytest.mark.parametrize("given", [False, True], ids=["text", "image"])
-def test_two_ranks_that_share_the_tokens_give_what_one_gives(tokens: int, given: bool) -> None:
-    _, native = pair("one_layer")
-    rope, context = native.rope(positions()[:tokens]), TextContext.join(contexts(native))
-    clean = (torch.arange(tokens) < 6)[None, :, None] if given else None
-    x = latents(2, tokens)
-    expected = native(x, TIMESTEP, rope, context, clean)
-    mailbox, barrier = [torch.empty(0)] * 2, Barrier(2, timeout=60)
-    gangs = [ThreadGang(rank, mailbox, barrier) for rank in range(2)]
-
-    def one(gang: ThreadGang) -> Tensor:
-        with torch.no_grad():
-            return native(x, TIMESTEP, rope, context, clean, gang)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(one, gangs))
-    for result in results:
-        # The tolerance of context parallelism: attention sums over tokens in another blocking.
-        torch.testing.assert_close(result, expected, rtol=0, atol=STAGE)
-    # Tokens, the two tables of rope and the image's place; self-attention alone; the end.
-    assert gangs[0].calls == ["shard"] * (4 if given else 3) + ["to_heads"] * 3 + ["to_tokens"] + ["gather"]
 
 
 @pytest.mark.parametrize("size", PUBLISHED)

@@ -147,39 +147,6 @@ def test_timesteps_that_bfloat16_cannot_tell_apart_give_different_directions() -
     assert not torch.equal(times[0], times[1])
 
 
-class Shuffled:
-    """A gang of one that holds its tokens in reverse order: what is sharded must be sharded alike, and gathered."""
-
-    size = 1
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def shard(self, x: Tensor) -> Tensor:
-        self.calls.append("shard")
-        return x.flip(1)
-
-    def gather(self, x: Tensor, tokens: int) -> Tensor:
-        self.calls.append("gather")
-        assert x.shape[1] == tokens
-        return x.flip(1)
-
-    def to_heads(self, x: Tensor) -> Tensor:
-        return x
-
-    def to_tokens(self, x: Tensor) -> Tensor:
-        return x
-
-
-def test_tokens_and_their_positions_are_sharded_alike_and_gathered_once() -> None:
-    oracle, native = pair("three_layers")
-    made = context(native, prompts(oracle), (6, 2))
-    expected = native(latents(), TIMESTEP, made)
-    gang = Shuffled()
-    torch.testing.assert_close(native(latents(), TIMESTEP, made, gang), expected, rtol=0, atol=BATCH)
-    assert gang.calls == ["shard"] * 3 + ["gather"]
-
-
 def test_latents_that_the_patch_does_not_divide_are_refused_with_their_size() -> None:
     oracle, native = pair("three_layers")
     with pytest.raises(ValueError, match=r"5 x 8.*patch 2"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from typing import Any
 
 import pytest
@@ -177,71 +175,6 @@ def test_timesteps_that_bfloat16_cannot_tell_apart_give_different_velocities() -
     modulations = native.condition_embedder.time(torch.tensor([988.49, 987.17]))[1]
     assert modulations.dtype == torch.float32
     assert not torch.equal(modulations[0], modulations[1])
-
-
-class ThreadGang:
-    """One rank of a gang of two that are threads of this process and hand tensors to each other through a list."""
-
-    size = 2
-
-    def __init__(self, rank: int, mailbox: list[Tensor], barrier: Barrier) -> None:
-        self.rank, self.mailbox, self.barrier = rank, mailbox, barrier
-        self.calls: list[str] = []
-
-    def _everyones(self, x: Tensor, call: str) -> list[Tensor]:
-        self.calls.append(call)
-        self.mailbox[self.rank] = x
-        self.barrier.wait()
-        tensors = list(self.mailbox)
-        self.barrier.wait()
-        return tensors
-
-    def shard(self, x: Tensor) -> Tensor:
-        self.calls.append("shard")
-        return x.tensor_split(2, dim=1)[self.rank]
-
-    def gather(self, x: Tensor, tokens: int) -> Tensor:
-        whole = torch.cat(self._everyones(x, "gather"), dim=1)
-        assert whole.shape[1] == tokens
-        return whole
-
-    def to_heads(self, x: Tensor) -> Tensor:
-        return torch.cat(self._everyones(x, "to_heads"), dim=1).chunk(2, dim=2)[self.rank]
-
-    def to_tokens(self, x: Tensor) -> Tensor:
-        return torch.cat(self._everyones(x, "to_tokens"), dim=2).tensor_split(2, dim=1)[self.rank]
-
-
-def shared_by_two(native: WanTransformer3DModel, *arguments: Any) -> tuple[list[Tensor], list[str]]:
-    """The results of both ranks of a gang, and the collectives that the first one called."""
-    mailbox, barrier = [torch.empty(0)] * 2, Barrier(2, timeout=60)
-    gangs = [ThreadGang(rank, mailbox, barrier) for rank in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda gang: native(*arguments, cp=gang), gangs)), gangs[0].calls
-
-
-@pytest.mark.parametrize("frames", [4, 3], ids=["even_tokens", "odd_tokens"])
-def test_two_ranks_that_share_the_tokens_give_what_one_gives(frames: int) -> None:
-    _, native = pair("one_layer")
-    x = torch.randn(1, 4, frames, 6, 6, generator=torch.Generator().manual_seed(3))
-    context = native.text_context(prompt(1))
-    results, calls = shared_by_two(native, x, TIMESTEP[:1], context)
-    for result in results:
-        # The tolerance of context parallelism: attention sums over tokens in another blocking.
-        torch.testing.assert_close(result, native(x, TIMESTEP[:1], context), rtol=0, atol=STAGE)
-    # Tokens and the two tables of rope; q, k, v and the result of self-attention alone; the end.
-    assert calls == ["shard"] * 3 + ["to_heads"] * 3 + ["to_tokens"] + ["gather"]
-
-
-def test_two_ranks_know_the_timesteps_of_their_own_tokens_and_all_of_the_image() -> None:
-    _, native = pair("one_image")
-    x = torch.randn(1, 12, 3, 6, 6, generator=torch.Generator().manual_seed(3))
-    seen = torch.randn(1, 5, 20, generator=torch.Generator().manual_seed(5))
-    arguments = (x, torch.tensor([[0.0, 700.0, 13.0]]), native.text_context(prompt(1)), native.image_context(seen))
-    results, calls = shared_by_two(native, *arguments)
-    for result in results:
-        torch.testing.assert_close(result, native(*arguments), rtol=0, atol=STAGE)
-    assert calls.count("shard") == 4, "tokens, two tables of rope, and which timestep each token has"
 
 
 def test_latents_that_the_patch_does_not_divide_are_refused_with_their_size() -> None:

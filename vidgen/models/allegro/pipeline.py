@@ -21,7 +21,7 @@ from vidgen.models.allegro.caption import prepared
 from vidgen.models.allegro.params import Params
 from vidgen.models.allegro.transformer import AllegroTransformer3DModel, TextContext
 from vidgen.models.allegro.vae import AllegroVAE
-from vidgen.parallel import IDENTITY, ContextParallel
+from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.ancestral import euler, euler_ancestral, input_scale, sigma_schedule, start_sigma
 from vidgen.sampling.diffusion import alpha_bars, betas
 from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
@@ -105,10 +105,10 @@ class AllegroPipeline:
         timestep = torch.full((len(x),), schedule.timesteps[i], dtype=torch.float32, device=x.device)
         return self.transformer(x * input_scale(schedule.sigmas[i]), timestep, conditioning, cp)
 
-    def decode(self, latents: Tensor, request: Request, draws: Draws) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, request: Request, draws: Draws, ranks: Ranks = ALONE) -> Iterator[Tensor]:
         """Latents [1, z, f, h, w] of one item -> its frames as they come, [n, height, width, 3] in [0, 1], fp32."""
         wide = (1 / self.params.vae.scaling_factor * latents).to(self.dtypes["vae"])
-        for chunk in self.vae.decode_chunks(wide, request.tiling):
+        for chunk in self.vae.decode_chunks(wide, request.tiling, ranks=ranks):
             yield (chunk[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
 
 

@@ -200,6 +200,11 @@ def _middle(a: int) -> int:
     return 2 * _resnet(a, a) + 2 * _over_time(a, 3, a, 3) + 2 * a + 4 * _map(a, a)
 
 
+def heads(params: Params) -> int:
+    """Attention heads of the transformer."""
+    return params.transformer.num_attention_heads
+
+
 def text_limit(params: Params) -> tuple[str, int]:
     """The tokenizer's component and the most tokens a prompt may have, the closing one included."""
     return "tokenizer", params.text_tokens

@@ -112,8 +112,9 @@ class Block(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(dim=1)
 
         h = (self.norm1(x) * (1 + scale) + shift).to(x.dtype)
-        q, k, v = rotate(self.attn1.query(h), rope), rotate(self.attn1.key(h), rope), self.attn1.value(h)
-        x = (x.float() + self.attn1.out(attention(q, k, v, cp)) * gate).to(x.dtype)
+        attn = self.attn1
+        h = attn.out(attention(rotate(attn.query(h), rope), rotate(attn.key(h), rope), attn.value(h), cp))
+        x = (x.float() + h * gate).to(x.dtype)
 
         key, value, mask = text
         # Every rank holds all of the text, so there is nothing to exchange.
@@ -212,13 +213,14 @@ class AllegroTransformer3DModel(nn.Module):
         embedding, time = self.adaln_single(timestep)
 
         x = self.pos_embed(latents.to(self.pos_embed.proj.weight.dtype))
+        cp = cp.over(math.prod(grid))
         x, rope = cp.shard(x), (cp.shard(rope[0]), cp.shard(rope[1]))
         for block, key, value in zip(self._blocks(), text.keys, text.values, strict=True):
             x = block(x, time, rope, (key, value, text.mask), cp)
 
         shift, scale = (self.scale_shift_table.float() + embedding.unsqueeze(1)).chunk(2, dim=1)
         x = self.proj_out((self.norm_out(x) * (1 + scale) + shift).to(x.dtype))
-        return self._unpatchify(cp.gather(x, math.prod(grid)), grid)
+        return self._unpatchify(cp.gather(x), grid)
 
     def _blocks(self) -> Iterator[Block]:
         return (block for block in self.transformer_blocks if isinstance(block, Block))

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidgen.models.allegro.params import VAEParams
+from vidgen.nn.tiling import in_step
+from vidgen.parallel import ALONE, Ranks
 
 Tiling = tuple[int, int, int, int]
 Sizes = tuple[int, int, int]
@@ -272,11 +274,11 @@ class AllegroVAE(nn.Module):
         mean, logvar = on_frames(self.quant_conv, torch.cat(chunks, dim=2)).chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR)
 
-    def decode_chunks(self, latents: Tensor, tiling: Tiling | None = None) -> Iterator[Tensor]:
+    def decode_chunks(self, latents: Tensor, tiling: Tiling | None = None, ranks: Ranks = ALONE) -> Iterator[Tensor]:
         """latents [B, z, f, h, w] -> frames as they come, [B, 3, n, H, W] in [-1, 1]: a tile's frames in memory at a
-        time. `tiling` as for `encode`."""
+        time. `tiling` as for `encode`. Of a gang, every rank decodes its tiles, and rank 0 has the frames."""
         pixels, tiles = self._tiles(tiling)
-        for frames in tiled(self.decoder, on_frames(self.post_quant_conv, latents), tiles, pixels):
+        for frames in tiled(self.decoder, on_frames(self.post_quant_conv, latents), tiles, pixels, ranks):
             yield frames.clamp(-1, 1)
 
     def _tiles(self, tiling: Tiling | None) -> tuple[tuple[Sizes, Sizes], tuple[Sizes, Sizes]]:
@@ -289,7 +291,11 @@ class AllegroVAE(nn.Module):
 
 
 def tiled(
-    network: Callable[[Tensor], Tensor], x: Tensor, source: tuple[Sizes, Sizes], target: tuple[Sizes, Sizes]
+    network: Callable[[Tensor], Tensor],
+    x: Tensor,
+    source: tuple[Sizes, Sizes],
+    target: tuple[Sizes, Sizes],
+    ranks: Ranks = ALONE,
 ) -> Iterator[Tensor]:
     """What a network makes of x [B, C, F, H, W] tile by tile, as far as no later tile adds to it: [B, C', n, H', W'].
 
@@ -305,16 +311,17 @@ def tiled(
     counts = [(size - t) // s + 1 for size, t, s in zip(sizes, tile, stride, strict=True)]
     height, width = ((n - 1) * s + t for n, t, s in zip(counts[1:], out_tile[1:], out_stride[1:], strict=True))
     carried: Tensor | None = None
-    for i in range(counts[0]):
-        frames: Tensor | None = None
+
+    def stream(j: int, k: int) -> Iterator[Tensor]:
+        for i in range(counts[0]):
+            yield _faded(network(x[_window((i, j, k), tile, stride)]), (i, j, k), counts, out_stride)
+
+    tiles = [[x[_window((0, j, k), tile, stride)] for k in range(counts[2])] for j in range(counts[1])]
+    streams = [[stream(j, k) for k in range(counts[2])] for j in range(counts[1])]
+    for i, rows in enumerate(in_step(tiles, streams, ranks)):
+        frames = rows[0][0].new_zeros(*rows[0][0].shape[:3], height, width)
         for j, k in product(range(counts[1]), range(counts[2])):
-            place = (i, j, k)
-            made = network(x[_window(place, tile, stride)])
-            made = _faded(made, place, counts, out_stride)
-            if frames is None:
-                frames = made.new_zeros(*made.shape[:3], height, width)
-            frames[_window((0, j, k), out_tile, out_stride)] += made
-        assert frames is not None
+            frames[_window((0, j, k), out_tile, out_stride)] += rows[j][k]
         if carried is not None:
             frames[:, :, : carried.shape[2]] += carried
         done = out_stride[0] if i < counts[0] - 1 else out_tile[0]

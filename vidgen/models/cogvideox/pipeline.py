@@ -20,7 +20,7 @@ from vidgen.models.cogvideox.params import WITH_WEIGHTS, Params
 from vidgen.models.cogvideox.spec import added_frames, latent_frames, steps
 from vidgen.models.cogvideox.transformer import CogVideoXTransformer3DModel
 from vidgen.models.cogvideox.vae import CogVideoXVAE
-from vidgen.parallel import IDENTITY, ContextParallel
+from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.diffusion import add_noise, alpha_bars, betas, cogvideox_dpm, ddim, diffusion_schedule
 from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
 from vidgen.text.prompt import Prompt, Text
@@ -127,11 +127,11 @@ class CogVideoXPipeline:
         seen = x if conditioning.image is None else torch.cat([x, conditioning.image], dim=2)
         return self.transformer(seen.to(self.dtypes["transformer"]), timestep, conditioning.text, cp)
 
-    def decode(self, latents: Tensor, request: Request, draws: Draws) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, request: Request, draws: Draws, ranks: Ranks = ALONE) -> Iterator[Tensor]:
         """Latents [1, F, C, H, W] of one item -> its frames as they come, [n, height, width, 3] in [0, 1], fp32."""
         kept = latents[:, added_frames(request, self.params) :].transpose(1, 2)
         scaled = (1 / self.vae.params.scaling_factor * kept).to(self.dtypes["vae"])
-        for chunk in self.vae.decode_chunks(scaled, request.tiling):
+        for chunk in self.vae.decode_chunks(scaled, request.tiling, ranks=ranks):
             yield (chunk[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
 
     def _sampled(self, clips: Sequence[Tensor | None], request: Request, draws: Draws) -> Tensor | None:

@@ -205,11 +205,12 @@ class CogVideoXTransformer3DModel(nn.Module):
             video = video + sincos_positions(p, grid, video)
         rope = rotary_positions(p, grid, latents.device) if p.use_rotary_positional_embeddings else None
 
+        cp = cp.over(math.prod(grid))
         video, rope = cp.shard(video), None if rope is None else (cp.shard(rope[0]), cp.shard(rope[1]))
         for block in self.transformer_blocks:
             video, text = block(video, text, time, rope, cp)
         video = self.proj_out(self.norm_out(self.norm_final(video), time))
-        return unpatchify(cp.gather(video, math.prod(grid)), grid, p.depth, p.patch_size)
+        return unpatchify(cp.gather(video), grid, p.depth, p.patch_size)
 
     def _learned(self) -> Tensor:
         return self.patch_embed.get_buffer("pos_embedding")

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from vidgen.models.cogvideox.params import VAEParams
 from vidgen.nn.causal_conv3d import Stream
-from vidgen.nn.tiling import merge, split
+from vidgen.nn.tiling import in_step, merge, split
+from vidgen.parallel import ALONE, Ranks
 
 Cache = list[Tensor]
 Tiling = tuple[int, int, int, int]
@@ -238,28 +239,27 @@ class CogVideoXVAE(nn.Module):
         stream = Stream(cache)
         return self.decoder(latents, stream), stream.next
 
-    def decode_chunks(self, latents: Tensor, tiling: Tiling | None = None) -> Iterator[Tensor]:
+    def decode_chunks(self, latents: Tensor, tiling: Tiling | None = None, ranks: Ranks = ALONE) -> Iterator[Tensor]:
         """latents [B, z, f, h, w], not scaled -> frames [B, 3, F, H, W] in [-1, 1] as they come: 8 a chunk, the first
         of 9 for odd f. `tiling` is (tile height, tile width, stride height, stride width) in pixels; a picture that
-        fits one tile is decoded whole."""
+        fits one tile is decoded whole. Of a gang, every rank decodes its tiles, and rank 0 has the frames."""
         factor, (height, width) = self.params.spatial_factor, latents.shape[-2:]
         if tiling is None or (height <= tiling[0] // factor and width <= tiling[1] // factor):
-            cache: Cache | None = None
-            for part in chunks(latents, DECODED):
-                frames, cache = self.decode(part, cache)
-                yield frames.clamp(-1.0, 1.0)
+            for rows in in_step([[latents]], [[self._decoded(latents)]], ranks):
+                yield rows[0][0].clamp(-1.0, 1.0)
             return
         tile, step = (tiling[0] // factor, tiling[1] // factor), (tiling[2] // factor, tiling[3] // factor)
         overlap, size = (tiling[0] - tiling[2], tiling[1] - tiling[3]), (height * factor, width * factor)
-        caches: dict[tuple[int, int], Cache] = {}
-        for part in chunks(latents, DECODED):
-            rows: list[list[Tensor]] = []
-            for i, row in enumerate(split(part, tile, step)):
-                rows.append([])
-                for j, piece in enumerate(row):
-                    frames, caches[i, j] = self.decode(piece, caches.get((i, j)))
-                    rows[i].append(frames)
+        tiles = split(latents, tile, step)
+        for rows in in_step(tiles, [[self._decoded(x) for x in row] for row in tiles], ranks):
             yield merge(rows, overlap, tiling[2:], size).clamp(-1.0, 1.0)
+
+    def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
+        """Frames [B, 3, F, H, W], not clamped, of a clip or a tile of it, chunk after chunk."""
+        cache: Cache | None = None
+        for part in chunks(latents, DECODED):
+            frames, cache = self.decode(part, cache)
+            yield frames
 
     def _encoded(self, video: Tensor) -> Iterator[Tensor]:
         """Moments [B, 2 z, f, h, w] of a clip, chunk after chunk."""

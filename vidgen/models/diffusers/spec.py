@@ -77,6 +77,9 @@ class Bound:
     def weight_bytes(self, params: Params) -> int:
         return weight_bytes(params)
 
+    def heads(self, params: Params) -> int:
+        return heads(params)
+
     def text_limit(self, params: Params) -> tuple[str, int] | None:
         return text_limit(params)
 
@@ -314,6 +317,11 @@ def _guided_otherwise(request: Request) -> bool:
 def weight_bytes(params: Params) -> int:
     """Bytes of all components' tensors as they are stored."""
     return sum(stored for stored, _ in dict(params.weights).values())
+
+
+def heads(params: Params) -> int:
+    """One, whatever is inside: these pipelines are not divided over a gang."""
+    return 1
 
 
 def text_limit(params: Params) -> tuple[str, int] | None:

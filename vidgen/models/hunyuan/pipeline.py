@@ -20,7 +20,7 @@ from vidgen.models.hunyuan import spec
 from vidgen.models.hunyuan.params import CONCAT, REPLACE, TEXT_TOKENS, WITH_WEIGHTS, Params
 from vidgen.models.hunyuan.transformer import HunyuanVideoTransformer3DModel, TextContext
 from vidgen.models.hunyuan.vae import HunyuanVAE
-from vidgen.parallel import IDENTITY, ContextParallel
+from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.flow import euler, euler_schedule
 from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
 from vidgen.text.llama_clip import LlamaClipEncoder, PicturePrompt, load_llama_clip
@@ -161,13 +161,13 @@ class HunyuanPipeline:
             seen.to(self.dtypes["transformer"]), timestep, conditioning.text, conditioning.guidance, cp
         )
 
-    def decode(self, latents: Tensor, request: Request, draws: Draws) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, request: Request, draws: Draws, ranks: Ranks = ALONE) -> Iterator[Tensor]:
         """Latents [1, z, f, h, w] of one item -> its frames as they come, [n, height, width, 3] in [0, 1], fp32; of a
         checkpoint that puts the image beside the latents without the first 4."""
         concat = self.params.transformer.image_condition_type == CONCAT
         dropped = spec.DROPPED_FRAMES if concat else 0
         wide = latents.to(self.dtypes["vae"]) / self.params.vae.scaling_factor
-        for chunk in self.vae.decode_chunks(wide, request.tiling):
+        for chunk in self.vae.decode_chunks(wide, request.tiling, ranks=ranks):
             # Only the first tile in time is cut, and it is longer than that.
             yield (chunk[0, :, dropped:].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
             dropped = 0

@@ -238,6 +238,11 @@ def clip_weights(c: ClipParams) -> int:
     return (c.vocab_size + c.max_position_embeddings) * d + c.num_hidden_layers * layer + 2 * d
 
 
+def heads(params: Params) -> int:
+    """Attention heads of the transformer."""
+    return params.transformer.num_attention_heads
+
+
 def text_limit(params: Params) -> tuple[str, int]:
     """The tokenizer's component and the most tokens a prompt may have, the opening one that tokenizers put before it
     included: it stands for one of the template's that follow the prompt."""

@@ -181,8 +181,8 @@ class DualBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, n, D] video, c [B, L, D] text -> the same after the block."""
         video, text = self.norm1.modulation(moment), self.norm1_context.modulation(Moment(moment.vector))
-        q = self.attn.project(video.scaled(_norm(x), 0, 1), rope)
-        seen, read = joint_attention(q, self.attn.project_text(text.scaled(_norm(c), 0, 1)), lengths, cp)
+        q = self.attn.project_text(text.scaled(_norm(c), 0, 1))
+        seen, read = joint_attention(self.attn.project(video.scaled(_norm(x), 0, 1), rope), q, lengths, cp)
         x = x + video.gated(self.attn.to_out[0](seen.flatten(2)), 2)
         c = c + text.gated(self.attn.to_add_out(read.flatten(2)), 2)
         x = x + video.gated(self.ff(video.scaled(_norm(x), 3, 4)), 5)
@@ -351,6 +351,7 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         """
         grid = self._grid(latents)
         rope = grid_rope(grid, self.params.rope_axes_dim, self.params.rope_theta, latents.device)
+        cp = cp.over(math.prod(grid))
         moment = self._moment(timestep, text, guidance, grid, cp)
         c = self.context_embedder(text, timestep)
 
@@ -361,7 +362,7 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         # Here the given first frame has no modulation of its own, and the scale comes first.
         ends = self.norm_out.modulation(Moment(moment.vector))
         x = self.proj_out(ends.scaled(_norm(x), shift=1, scale=0))
-        return self._unpatchify(cp.gather(x, math.prod(grid)), grid)
+        return self._unpatchify(cp.gather(x), grid)
 
     def _moment(
         self,

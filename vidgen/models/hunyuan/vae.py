@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidgen.models.hunyuan.params import VAEParams
-from vidgen.nn.tiling import merge, split
+from vidgen.nn.tiling import in_step, merge, split
+from vidgen.parallel import ALONE, Ranks
 
 Tiling = tuple[int, int, int, int]
 
@@ -195,22 +196,35 @@ class HunyuanVAE(nn.Module):
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def decode_chunks(self, latents: Tensor, tiling: Tiling | None = None) -> Iterator[Tensor]:
+    def decode_chunks(self, latents: Tensor, tiling: Tiling | None = None, ranks: Ranks = ALONE) -> Iterator[Tensor]:
         """latents [B, z, f, h, w] -> frames [B, 3, F, H, W] in [-1, 1], as they come: 13 of the first tile in time, 12
-        of each other. `tiling` as in `encode`, for the picture within a tile in time."""
-        time = self.params.temporal_compression_ratio
-        parts = _in_time(latents, TILE_FRAMES // time, TILE_STRIDE // time)
-        tiles = (self._decoded(part, tiling) for part in parts)
-        for frames in _joined(tiles, TILE_STRIDE, TILE_FRAMES - TILE_STRIDE):
+        of each other. `tiling` as in `encode`, for the picture within a tile in time. Of a gang, every rank decodes its
+        tiles of the picture, and rank 0 has the frames."""
+        for frames in _joined(self._decoded(latents, tiling, ranks), TILE_STRIDE, TILE_FRAMES - TILE_STRIDE):
             yield frames.clamp(-1.0, 1.0)
 
     def _encoded(self, video: Tensor, tiling: Tiling | None) -> Tensor:
         ratio = self.params.spatial_compression_ratio
         return _in_space(lambda x: self.quant_conv(self.encoder(x)), video, tiling, _latent(tiling, ratio))
 
-    def _decoded(self, latents: Tensor, tiling: Tiling | None) -> Tensor:
-        ratio = self.params.spatial_compression_ratio
-        return _in_space(lambda z: self.decoder(self.post_quant_conv(z)), latents, _latent(tiling, ratio), tiling)
+    def _decoded(self, latents: Tensor, tiling: Tiling | None, ranks: Ranks) -> Iterator[Tensor]:
+        """Frames of each tile in time, at rank 0."""
+        ratio, (height, width) = self.params.spatial_compression_ratio, latents.shape[-2:]
+        source = _latent(tiling, ratio)
+        if tiling is None or source is None or (height <= source[0] and width <= source[1]):
+            for rows in in_step([[latents]], [[self._stream(latents)]], ranks):
+                yield rows[0][0]
+            return
+        overlap, size = (tiling[0] - tiling[2], tiling[1] - tiling[3]), (height * ratio, width * ratio)
+        tiles = split(latents, source[:2], source[2:])
+        for rows in in_step(tiles, [[self._stream(x) for x in row] for row in tiles], ranks):
+            yield merge(rows, overlap, tiling[2:], size)
+
+    def _stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """Frames of each tile in time, of one tile of the picture."""
+        time = self.params.temporal_compression_ratio
+        for part in _in_time(latents, TILE_FRAMES // time, TILE_STRIDE // time):
+            yield self.decoder(self.post_quant_conv(part))
 
 
 def _latent(tiling: Tiling | None, ratio: int) -> Tiling | None:

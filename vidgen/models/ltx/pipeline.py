@@ -22,7 +22,7 @@ from vidgen.models.ltx.params import WITH_WEIGHTS, Params
 from vidgen.models.ltx.transformer import LTXVideoTransformer3DModel, TextContext
 from vidgen.models.ltx.vae import LTXVAE
 from vidgen.nn.rope import Rope
-from vidgen.parallel import IDENTITY, ContextParallel
+from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.flow import dynamic_shift, euler, euler_schedule
 from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
 from vidgen.text.prompt import Prompt, Text
@@ -190,7 +190,7 @@ class LTXPipeline:
         clean = None if given is None else given.clean
         return self.transformer(x, timestep, conditioning.rope, conditioning.text, clean, cp)
 
-    def decode(self, latents: Tensor, request: Request, draws: Draws) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, request: Request, draws: Draws, ranks: Ranks = ALONE) -> Iterator[Tensor]:
         """Packed latents [1, N, C] of one item -> its frames as they come, [n, height, width, 3] in [0, 1], fp32. A
         decoder with a timestep is given latents with so much noise mixed in."""
         wide = self.vae.denormalise(unpack(latents, spec.grid(request, self.params)))
@@ -200,7 +200,7 @@ class LTXPipeline:
             chosen = spec.param(request, self.params, "decode_noise_scale")
             scale = timestep if chosen is None else float(chosen)
             wide = (1 - scale) * wide + scale * draws.normal(wide.shape[1:]).to(wide.device)
-        for chunk in self.vae.decode_chunks(wide.to(self.dtypes["vae"]), request.tiling, timestep, draws):
+        for chunk in self.vae.decode_chunks(wide.to(self.dtypes["vae"]), request.tiling, timestep, draws, ranks=ranks):
             yield (chunk[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
 
 

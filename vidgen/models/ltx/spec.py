@@ -220,6 +220,11 @@ def _resnet(a: int, b: int, noise: bool = False, timed: bool = False) -> int:
     return _conv(a, b) + _conv(b, b) + shortcut + (2 * a if noise else 0) + (4 * a if timed else 0)
 
 
+def heads(params: Params) -> int:
+    """Attention heads of the transformer."""
+    return params.transformer.num_attention_heads
+
+
 def text_limit(params: Params) -> tuple[str, int]:
     """The tokenizer's component and the most tokens a prompt may have, the closing one included."""
     return "tokenizer", params.max_tokens

@@ -123,8 +123,9 @@ class Block(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (_of_token(m, clean) for m in modulation.unbind(dim=2))
 
         h = self.norm1(x) * (1 + scale) + shift
-        q, k, v = rotate(self.attn1.query(h), rope), rotate(self.attn1.key(h), rope), self.attn1.value(h)
-        x = x + self.attn1.out(attention(q, k, v, cp)) * gate
+        attn = self.attn1
+        h = attn.out(attention(rotate(attn.query(h), rope), rotate(attn.key(h), rope), attn.value(h), cp))
+        x = x + h * gate
 
         key, value, mask = text
         # Every rank holds all of the text, so there is nothing to exchange.
@@ -227,6 +228,7 @@ class LTXVideoTransformer3DModel(nn.Module):
         times = timestep[:, None] if clean is None else torch.stack([timestep, torch.zeros_like(timestep)], dim=1)
         embedding, time = self.time_embed(times)
 
+        cp = cp.over(latents.shape[1])
         x = cp.shard(self.proj_in(latents.to(self.proj_in.weight.dtype)))
         rope = (cp.shard(rope[0]), cp.shard(rope[1]))
         clean = None if clean is None else cp.shard(clean)
@@ -236,7 +238,7 @@ class LTXVideoTransformer3DModel(nn.Module):
         modulation = self.scale_shift_table + embedding.unsqueeze(2)
         shift, scale = (_of_token(m, clean) for m in modulation.unbind(dim=2))
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
-        return cp.gather(x, latents.shape[1])
+        return cp.gather(x)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.transformer_blocks if isinstance(block, Block)]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vidgen.models.ltx.params import STRIDES, DownStage, UpStage, VAEParams
 from vidgen.models.ltx.transformer import TimestepEmbedding
-from vidgen.nn.tiling import merge, split
+from vidgen.nn.tiling import in_step, merge, split
+from vidgen.parallel import ALONE, Ranks
 from vidgen.sampling.step import Draws
 
 Tiling = tuple[int, int, int, int]
@@ -317,28 +318,30 @@ class LTXVAE(nn.Module):
         timestep: float = 0.0,
         draws: Draws | None = None,
         chunk: int = 2,
+        ranks: Ranks = ALONE,
     ) -> Iterator[Tensor]:
         """Frames [B, 3, some, H, W] in [-1, 1], as they come.
 
         latents are [B, z, f, h, w]. `timestep` in [0, 1] is the noise left in them, for a decoder that is conditioned
         on it. `draws` is what a decoder that injects noise draws from, tile after tile (diffusers: the global
         generator); without it none is injected. `chunk` latent frames are worked on at a time. `tiling` is (tile
-        height, tile width, stride height, stride width) in pixels; a picture that fits one tile is decoded whole.
+        height, tile width, stride height, stride width) in pixels; a picture that fits one tile is decoded whole. Of
+        a gang, every rank decodes its tiles, and rank 0 has the frames.
         """
         factor = self.params.spatial_factor
         height, width = latents.shape[-2:]
         times = torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)
         if tiling is None or (height <= tiling[0] // factor and width <= tiling[1] // factor):
-            for frames in self.decoder(latents, times, self._noise(latents, draws), chunk):
-                yield frames.clamp(-1.0, 1.0)
+            stream = self.decoder(latents, times, self._noise(latents, draws), chunk)
+            for rows in in_step([[latents]], [[stream]], ranks):
+                yield rows[0][0].clamp(-1.0, 1.0)
             return
         tile, step = (tiling[0] // factor, tiling[1] // factor), (tiling[2] // factor, tiling[3] // factor)
         overlap = (tiling[0] - tiling[2], tiling[1] - tiling[3])
         tiles = split(latents, tile, step)
-        streams = [self.decoder(x, times, self._noise(x, draws), chunk) for row in tiles for x in row]
-        columns = len(tiles[0])
-        for parts in zip(*streams, strict=True):
-            rows = [list(parts[i : i + columns]) for i in range(0, len(parts), columns)]
+        # Every rank draws for all tiles, so that each finds its own noise.
+        streams = [[self.decoder(x, times, self._noise(x, draws), chunk) for x in row] for row in tiles]
+        for rows in in_step(tiles, streams, ranks):
             yield merge(rows, overlap, tiling[2:], (height * factor, width * factor)).clamp(-1.0, 1.0)
 
     def normalise(self, latents: Tensor) -> Tensor:

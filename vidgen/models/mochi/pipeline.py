@@ -22,7 +22,7 @@ from vidgen.errors import CheckpointError
 from vidgen.models.mochi.params import Params
 from vidgen.models.mochi.transformer import MochiTransformer3DModel, TextContext
 from vidgen.models.mochi.vae import MochiVAE
-from vidgen.parallel import IDENTITY, ContextParallel
+from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.flow import euler, euler_schedule
 from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
 from vidgen.text.prompt import Prompt, Text
@@ -123,10 +123,10 @@ class MochiPipeline:
         timestep = torch.full((len(x),), schedule.timesteps[i], dtype=torch.float32, device=x.device)
         return -self.transformer(x.to(self.dtypes["transformer"]), timestep, conditioning, cp)
 
-    def decode(self, latents: Tensor, request: Request, draws: Draws) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, request: Request, draws: Draws, ranks: Ranks = ALONE) -> Iterator[Tensor]:
         """Latents [1, C, F, H, W] of one item -> its frames as they come, [n, height, width, 3] in [0, 1], fp32."""
         wide = self.vae.denormalise(latents).to(self.dtypes["vae"])
-        for chunk in self.vae.decode_chunks(wide, request.tiling):
+        for chunk in self.vae.decode_chunks(wide, request.tiling, ranks=ranks):
             yield (chunk[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
 
 

@@ -154,6 +154,11 @@ def vae_weights(v: VAEParams) -> int:
     return total + stack(layers[0], widths[0]) + (widths[0] + 1) * v.out_channels
 
 
+def heads(params: Params) -> int:
+    """Attention heads of the transformer."""
+    return params.transformer.num_attention_heads
+
+
 def text_limit(params: Params) -> tuple[str, int]:
     """The tokenizer's component and the most tokens a prompt may have, the closing one included."""
     return "tokenizer", params.text_tokens

@@ -174,9 +174,8 @@ class Block(nn.Module):
         else:
             text_scale, text_gate, text_ffn_scale, text_ffn_gate = self.norm1_context(time)
 
-        video = self.attn1.video((rms(x) * scale).to(x.dtype), rope)
         text = self.attn1.text((rms(y) * text_scale).to(y.dtype))
-        seen, read = joint_attention(video, text, lengths, cp)
+        seen, read = joint_attention(self.attn1.video((rms(x) * scale).to(x.dtype), rope), text, lengths, cp)
 
         x = (x + rms(self.attn1.to_out[0](seen.flatten(2))) * gate).to(x.dtype)
         x = (x + rms(self.ff((rms(x) * ffn_scale).to(x.dtype))) * ffn_gate).to(x.dtype)
@@ -298,12 +297,13 @@ class MochiTransformer3DModel(nn.Module):
         time = self.time_embed.time(timestep) + context.pooled
 
         x, y = self.patch_embed(latents.to(self.proj_out.weight.dtype)), context.caption
+        cp = cp.over(math.prod(grid))
         x, rope = cp.shard(x), (cp.shard(rope[0]), cp.shard(rope[1]))
         for block in self.transformer_blocks:
             x, y = block(x, y, time, rope, context.lengths, cp)
 
         x = self.proj_out(self.norm_out(x, time))
-        return self._unpatchify(cp.gather(x, math.prod(grid)), grid)
+        return self._unpatchify(cp.gather(x), grid)
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Tokens along frames, height and width."""

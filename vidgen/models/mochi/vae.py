@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vidgen.models.mochi.params import NORM_GROUP, VAEParams
 from vidgen.nn.causal_conv3d import Stream
-from vidgen.nn.tiling import merge, split
+from vidgen.nn.tiling import in_step, merge, split
+from vidgen.parallel import ALONE, Ranks
 
 Cache = list[Tensor]
 Tiling = tuple[int, int, int, int]
@@ -227,30 +228,31 @@ class MochiVAE(nn.Module):
         frames = self.decoder(latents, stream)
         return (frames[:, :, self.params.temporal_factor - 1 :] if cache is None else frames), stream.next
 
-    def decode_chunks(self, latents: Tensor, tiling: Tiling | None = None, chunk: int = 1) -> Iterator[Tensor]:
+    def decode_chunks(
+        self, latents: Tensor, tiling: Tiling | None = None, chunk: int = 1, ranks: Ranks = ALONE
+    ) -> Iterator[Tensor]:
         """Frames [B, 3, F, H, W], as they come, `chunk` latent frames at a time; a picture lies within [-1, 1], but
         they are not clamped. `tiling` is (tile height, tile width, stride height, stride width) in pixels; a picture
-        that fits one tile is decoded whole."""
+        that fits one tile is decoded whole. Of a gang, every rank decodes its tiles, and rank 0 has the frames."""
         factor = self.params.spatial_factor
         height, width = latents.shape[-2:]
         if tiling is None or (height <= tiling[0] // factor and width <= tiling[1] // factor):
-            cache: Cache | None = None
-            for part in latents.split(chunk, dim=2):
-                frames, cache = self.decode(part, cache)
-                yield frames
+            for rows in in_step([[latents]], [[self._stream(latents, chunk)]], ranks):
+                yield rows[0][0]
             return
         tile = (tiling[0] // factor, tiling[1] // factor)
         step = (tiling[2] // factor, tiling[3] // factor)
         overlap = (tiling[0] - tiling[2], tiling[1] - tiling[3])
-        caches: dict[tuple[int, int], Cache] = {}
-        for part in latents.split(chunk, dim=2):
-            rows: list[list[Tensor]] = []
-            for i, row in enumerate(split(part, tile, step)):
-                rows.append([])
-                for j, piece in enumerate(row):
-                    frames, caches[i, j] = self.decode(piece, caches.get((i, j)))
-                    rows[i].append(frames)
+        tiles = split(latents, tile, step)
+        for rows in in_step(tiles, [[self._stream(x, chunk) for x in row] for row in tiles], ranks):
             yield merge(rows, overlap, tiling[2:], (height * factor, width * factor))
+
+    def _stream(self, latents: Tensor, chunk: int) -> Iterator[Tensor]:
+        """Frames of one tile, as they come."""
+        cache: Cache | None = None
+        for part in latents.split(chunk, dim=2):
+            frames, cache = self.decode(part, cache)
+            yield frames
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Latents of the transformer -> latents of the VAE, rounded as MochiPipeline does it."""

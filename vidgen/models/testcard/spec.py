@@ -138,6 +138,10 @@ def weight_bytes(params: Params) -> int:
     return 0
 
 
+def heads(params: Params) -> int:
+    return 1
+
+
 def text_limit(params: Params) -> tuple[str, int] | None:
     return None
 

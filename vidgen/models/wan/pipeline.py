@@ -20,7 +20,7 @@ from vidgen.models.wan.params import Params
 from vidgen.models.wan.spec import first_step, tasks_of
 from vidgen.models.wan.transformer import Context, WanTransformer3DModel
 from vidgen.models.wan.vae import Tiling, WanVAE
-from vidgen.parallel import IDENTITY, ContextParallel
+from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.flow import euler, euler_schedule
 from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
 from vidgen.sampling.unipc import unipc, unipc_schedule
@@ -157,10 +157,10 @@ class WanPipeline:
         text = self._text_context(conditioning, expert)
         return self.experts[expert](x, timestep, text, conditioning.image, cp)
 
-    def decode(self, latents: Tensor, request: Request, draws: Draws) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, request: Request, draws: Draws, ranks: Ranks = ALONE) -> Iterator[Tensor]:
         """Latents [1, z, f, h, w] of one item -> its frames as they come, [n, height, width, 3] in [0, 1], fp32."""
         wide = self.vae.denormalise(latents.to(self.dtypes["vae"]))
-        for chunk in self.vae.decode_chunks(wide, request.tiling):
+        for chunk in self.vae.decode_chunks(wide, request.tiling, ranks=ranks):
             yield (chunk[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int, int]:

@@ -273,6 +273,11 @@ def vae_weights(v: VAEParams) -> int:
     return total + b + conv(b, v.out_channels, 27)
 
 
+def heads(params: Params) -> int:
+    """Attention heads of the transformer."""
+    return params.transformer.num_attention_heads
+
+
 def text_limit(params: Params) -> tuple[str, int]:
     """The tokenizer's component and the most tokens a prompt may have, the closing one included."""
     return "tokenizer", params.text_tokens

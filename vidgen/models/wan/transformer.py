@@ -137,8 +137,8 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time).unbind(dim=2)
 
         h = (self.norm1(x) * (1 + _spread(scale, rows)) + _spread(shift, rows)).to(x.dtype)
-        q, k, v = rotate(self.attn1.query(h), rope), rotate(self.attn1.key(h), rope), self.attn1.value(h)
-        h = self.attn1.out(attention(q, k, v, cp))
+        attn = self.attn1
+        h = attn.out(attention(rotate(attn.query(h), rope), rotate(attn.key(h), rope), attn.value(h), cp))
         x = (x.float() + h * _spread(gate, rows)).to(x.dtype)
 
         # Every rank holds all of the text and of the image, so there is nothing to exchange.
@@ -252,6 +252,7 @@ class WanTransformer3DModel(nn.Module):
         embedding, time = self.condition_embedder.time(timestep.unsqueeze(1) if rows is None else timestep)
 
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        cp = cp.over(math.prod(grid))
         x, rope = cp.shard(x), (cp.shard(rope[0]), cp.shard(rope[1]))
         rows = None if rows is None else cp.shard(rows)[0]
         images = [None] * len(self.blocks) if image is None else list(zip(image.keys, image.values, strict=True))
@@ -260,7 +261,7 @@ class WanTransformer3DModel(nn.Module):
 
         shift, scale = (self.scale_shift_table.float() + embedding.unsqueeze(2)).unbind(dim=2)
         x = self.proj_out((self.norm_out(x) * (1 + _spread(scale, rows)) + _spread(shift, rows)).to(x.dtype))
-        return self._unpatchify(cp.gather(x, math.prod(grid)), grid)
+        return self._unpatchify(cp.gather(x), grid)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vidgen.models.wan.params import VAEParams
 from vidgen.nn.causal_conv3d import CausalConv3d, Stream
-from vidgen.nn.tiling import merge, split
+from vidgen.nn.tiling import in_step, merge, split
+from vidgen.parallel import ALONE, Ranks
 
 Cache = list[Tensor]
 Tiling = tuple[int, int, int, int]
@@ -341,30 +342,25 @@ class WanVAE(nn.Module):
         frames = self._shuffle(frames)
         return (frames.clamp(-1.0, 1.0) if clamp else frames), cache
 
-    def decode_chunks(self, latents: Tensor, tiling: Tiling | None = None, chunk: int = 1) -> Iterator[Tensor]:
+    def decode_chunks(
+        self, latents: Tensor, tiling: Tiling | None = None, chunk: int = 1, ranks: Ranks = ALONE
+    ) -> Iterator[Tensor]:
         """Frames [B, 3, F, H, W] in [-1, 1], as they come, `chunk` latent frames at a time. `tiling` is (tile height,
-        tile width, stride height, stride width) in pixels; a picture that fits one tile is decoded whole."""
+        tile width, stride height, stride width) in pixels; a picture that fits one tile is decoded whole. Of a gang,
+        every rank decodes its tiles, and rank 0 has the frames."""
         factor, patch = self.params.spatial_factor, self.params.patch_size
         height, width = latents.shape[-2:]
         if tiling is None or (height <= tiling[0] // factor and width <= tiling[1] // factor):
-            cache: Cache | None = None
-            for part in latents.split(chunk, dim=2):
-                frames, cache = self.decode(part, cache)
-                yield frames
+            for rows in in_step([[latents]], [[self._stream(latents, chunk)]], ranks):
+                yield self._shuffle(rows[0][0]).clamp(-1.0, 1.0)
             return
         tile = (tiling[0] // factor, tiling[1] // factor)
         step = (tiling[2] // factor, tiling[3] // factor)
         stride = (tiling[2] // patch, tiling[3] // patch)
         overlap = (tiling[0] // patch - stride[0], tiling[1] // patch - stride[1])
         size = (height * factor // patch, width * factor // patch)
-        caches: dict[tuple[int, int], Cache] = {}
-        for part in latents.split(chunk, dim=2):
-            rows: list[list[Tensor]] = []
-            for i, row in enumerate(split(part, tile, step)):
-                rows.append([])
-                for j, piece in enumerate(row):
-                    frames, caches[i, j] = self._decode_packed(piece, caches.get((i, j)))
-                    rows[i].append(frames)
+        tiles = split(latents, tile, step)
+        for rows in in_step(tiles, [[self._stream(x, chunk) for x in row] for row in tiles], ranks):
             yield self._shuffle(merge(rows, overlap, stride, size)).clamp(-1.0, 1.0)
 
     def normalise(self, latents: Tensor) -> Tensor:
@@ -382,6 +378,13 @@ class WanVAE(nn.Module):
         mean = torch.tensor(self.params.latents_mean).view(shape).to(latents.device, latents.dtype)
         std = torch.tensor(self.params.latents_std).view(shape).to(latents.device, latents.dtype)
         return mean, 1.0 / std
+
+    def _stream(self, latents: Tensor, chunk: int) -> Iterator[Tensor]:
+        """Frames as the decoder makes them, of one tile, as they come."""
+        cache: Cache | None = None
+        for part in latents.split(chunk, dim=2):
+            frames, cache = self._decode_packed(part, cache)
+            yield frames
 
     def _decode_packed(self, latents: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """Frames as the decoder makes them: `patch_size`**2 sub-pixels as channels."""
