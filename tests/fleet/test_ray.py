@@ -59,7 +59,7 @@ def committed(output: Path) -> int:
     return sum(1 for _ in commits.list_commits(Objects(str(output)), 0))
 
 
-def until(condition: Callable[[], bool], most: float = 120) -> None:
+def until(condition: Callable[[], bool], most: float = 240) -> None:
     end = time.monotonic() + most
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
