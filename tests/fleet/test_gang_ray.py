@@ -232,7 +232,13 @@ def test_a_node_that_goes_away_takes_its_gang_and_costs_the_items_nothing(tmp_pa
 @pytest.mark.slow
 def test_a_gang_waits_for_room_and_takes_all_of_it_or_none(tmp_path: Path, nodes: Cluster) -> None:
     """Three gangs of two where there is room for two: the third holds nothing while it waits."""
-    run = Run(tmp_path, 3, 2, Cards(), rows=6)
-    run.finishes()
-    assert {record.replica for record in run.records()} <= {"g0", "g1", "g2"}
+    run = Run(tmp_path, 3, 2, Cards(), rows=16, step_seconds=1.0)
+    outcome: list[Outcome] = []
+    driving = threading.Thread(target=lambda: outcome.append(run.drive()))
+    driving.start()
+    until(lambda: len({event.replica for event in run.fleet.seen if isinstance(event, ev.ReplicaReady)}) == 2)
+    assert sorted(groups()) == ["CREATED", "CREATED", "PENDING"]
+    driving.join(200)
+    assert outcome and (outcome[0].code, outcome[0].counts["done"]) == (0, 16), outcome
+    assert verify(str(run.output)).ok
     assert len({record.replica for record in run.records()}) == 2
