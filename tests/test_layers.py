@@ -17,6 +17,7 @@ MODULES = {
 }
 LAYERS = [
     {"cli", "jobs"},
+    {"scheduled"},
     {"fleet"},
     {"report"},
     {"demo"},
