@@ -1,6 +1,6 @@
 """What can go wrong, by who must act: the user (config, plan), or the driver (item, capacity, replica, infrastructure).
 
-Refuses to know how an error is shown or counted; `vidgen.fleet.dispatch` decides retries, `vidgen.cli` exit codes.
+Refuses to know how an error is shown or counted; `vidgen.fleet.judgement` decides retries, `vidgen.cli` exit codes.
 """
 
 from __future__ import annotations

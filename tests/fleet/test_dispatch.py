@@ -49,7 +49,9 @@ def ends_well(history: tuple[Simulation, Behaviour]) -> None:
     simulation, behaviour = history
     finish = simulation.run()
     if finish.code == 4:  # the breaker: what is not settled is pending
-        assert set(simulation.dispatcher.streak.values()) and max(simulation.dispatcher.streak.values()) >= 50
+        assert (
+            set(simulation.dispatcher.judge.streak.values()) and max(simulation.dispatcher.judge.streak.values()) >= 50
+        )
         return
     total = simulation.total
     assert finish.code is None

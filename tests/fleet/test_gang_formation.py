@@ -297,7 +297,7 @@ def test_every_history_of_a_mixed_fleet_ends_with_every_item_made_by_replicas_of
     simulation = Mixed(total, behaviour, Rules(window=window), replicas, seed)
     finish = simulation.run()
     if finish.code == 4:
-        assert max(simulation.dispatcher.streak.values()) >= 50
+        assert max(simulation.dispatcher.judge.streak.values()) >= 50
         return
     assert finish.code is None and len(simulation.committed) == total
 

@@ -113,7 +113,7 @@ def test_a_store_that_fails_for_good_charges_no_item(
 ) -> None:
     from vidgen.fleet.dispatch import Rules
 
-    monkeypatch.setattr("vidgen.fleet.dispatch.INFRASTRUCTURE_BACKOFF", 0.01)
+    monkeypatch.setattr("vidgen.fleet.judgement.INFRASTRUCTURE_BACKOFF", 0.01)
     output = s3_at(proxy.url)  # type: ignore[operator]
     proxy.spoil(Fault("answer", method="PUT", path="/data/", times=10_000, status=403, code="AccessDenied"))
     config = config_for(write_prompts(tmp_path / "p.parquet", 6), output)

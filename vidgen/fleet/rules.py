@@ -1,0 +1,32 @@
+"""What the dispatcher goes by: numbers that do not change while a run lasts. Decides nothing."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """`window`: items known at once. `batch_tokens`, `batch_items`: most tokens and items of a batch (1 item always
+    fits). `prefetch`: batches waiting in a replica beside the running one. `own_node`: the driver's machine.
+
+    `bands`: token counts, rising. Items of at most the first are of band 0, above it of band 1, and so on; `band_of`
+    says which band a replica serves (0 where it says nothing), and an item goes to replicas of its own band only.
+    `degree_of`: members of a replica, where it is a gang."""
+
+    max_attempts: int = 3
+    breaker_failures: int = 50
+    window: int = 4096
+    batch_tokens: int = 0
+    batch_items: int = 1
+    prefetch: int = 1
+    own_node: str = ""
+    bands: tuple[int, ...] = ()
+    band_of: Mapping[str, int] = field(default_factory=dict)
+    degree_of: Mapping[str, int] = field(default_factory=dict)
+
+    def band(self, tokens: int) -> int:
+        """The band of an item of so many tokens."""
+        return bisect.bisect_left(self.bands, tokens)
