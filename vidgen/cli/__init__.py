@@ -1,0 +1,69 @@
+"""The `vidgen` command: parse, call, print, exit code. Decides nothing that a library user would miss.
+
+Exit codes: 0 every item done; 1 verify failed; 2 usage, configuration or plan error; 3 finished, some items failed;
+4 circuit breaker; 5 budget or deadline; 75 another driver holds the run; 130 interrupted, resumable. A file here is a
+group of commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import traceback
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from vidgen import VERSION
+from vidgen.cli import keeping, looking, making, models
+from vidgen.cli.command import HELD, INTERRUPTED, RESUMABLE, USAGE, Commands, print_json
+from vidgen.errors import InfrastructureError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    from vidgen.store.epochs import Held
+
+    options = _parse(arguments)
+    try:
+        code = int(options.run(options))
+    except UserError as error:
+        code = _error(options, error, USAGE)
+    except InfrastructureError as error:
+        code = _error(options, error, RESUMABLE)
+    except Held as error:
+        code = _error(options, error, HELD)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    return 0 if code in getattr(options, "ok_exit", ()) else code
+
+
+def _error(options: argparse.Namespace, error: Exception, code: int) -> int:
+    if options.debug:
+        traceback.print_exc()
+    if options.json:
+        print_json({"error": str(error), "exit": code})
+    else:
+        console = Console(stderr=True)
+        console.print("error", style="bold red", end=": ")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("vidgen", description="Batch video generation at dataset scale.")
+    parser.add_argument("--version", action="version", version=f"vidgen {VERSION}")
+    commands = Commands(parser)
+    for group in (making, looking, keeping, models):
+        group.add(commands)
+    return parser
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse gives up on positionals after an option (`generate CONFIG --address X key=value`): take them here."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if any(text.startswith("-") or "=" not in text for text in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
