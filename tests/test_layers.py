@@ -29,7 +29,7 @@ LAYERS = [
     {"conditioning"},
     {"media"},
     {"config", "where", "identity", "nn", "sampling", "text", "checkpoint", "memory"},
-    {"config_rules", "formats", "tokens", "parallel", "family", "specs", "device"},
+    {"config_rules", "formats", "redaction", "tokens", "parallel", "family", "specs", "device"},
     {"types", "errors"},
 ]
 """Rooms from top to bottom; a room imports itself and what is below it."""

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vidgen.config_rules import field_names, fits, leaves, members, nearest, show, type_name, value_mistakes
 from vidgen.errors import ConfigError
+from vidgen.redaction import shown
 from vidgen.types import Lora
 
 BAD_YAML = (
@@ -157,14 +158,14 @@ def load(path: str, overrides: Sequence[str] = ()) -> JobConfig:
     """
     layers = [(_read_yaml(path), path)]
     for override in overrides:
-        layers.append((_parse_override(override), f"override {override!r}"))
+        layers.append((_parse_override(override), f"override {shown(override)!r}"))
     return _build(layers)
 
 
 def from_dict(values: Mapping[str, Any], source: str = "frozen config", overrides: Sequence[str] = ()) -> JobConfig:
     """The inverse of `to_dict`, `key=value` overrides on top; raises ConfigError on an unknown key or a wrong type."""
     layers = [(dict(values), source)]
-    return _build([*layers, *((_parse_override(override), f"override {override!r}") for override in overrides)])
+    return _build([*layers, *((_parse_override(override), f"override {shown(override)!r}") for override in overrides)])
 
 
 def to_dict(config: JobConfig) -> dict[str, Any]:
@@ -246,7 +247,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
-        raise ConfigError(f"override {override!r}: write it as key=value, for example sampling.height=480")
+        raise ConfigError(f"override {shown(override)!r}: write it as key=value, for example sampling.height=480")
     value: Any
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]

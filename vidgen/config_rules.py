@@ -16,6 +16,7 @@ import fsspec
 
 from vidgen.errors import ConfigError
 from vidgen.parallel.layout import layout
+from vidgen.redaction import carried
 from vidgen.specs.gpus import GPUS
 from vidgen.types import MEDIA_FIELDS
 
@@ -130,6 +131,7 @@ def value_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
     if config.sampling.fps is not None and not config.sampling.fps > 0:
         yield "sampling.fps", f"sampling.fps: {config.sampling.fps:g} is too small; allowed: more than 0"
     yield from _foreign_mistakes(asdict(config), "")
+    yield from _credential_mistakes(config)
     yield from _parallel_mistakes(config)
     yield from _lora_mistakes(config)
     yield from _scheme_mistakes(config)
@@ -194,6 +196,20 @@ def _foreign_mistakes(value: Any, key: str) -> Iterator[tuple[str, str]]:
         yield room, f"{key}: {show(value)} is not a finite number"
     elif value is not None and not isinstance(value, (str, int, float)):
         yield room, f"{key}: {show(value)} ({type(value).__name__}) is not text, a number, true, false or null"
+
+
+def _credential_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
+    """Places that carry credentials."""
+    places = {f"model.loras[{index}].path": entry.get("path") for index, entry in _mappings(config.model.loras)}
+    for key in ("dataset.path", "model.checkpoint", "output.path"):
+        places[key] = _value(config, key)
+    for key, place in places.items():
+        if isinstance(place, str) and (why := carried(place)) is not None:
+            yield key.partition("[")[0], f"{key}: {why}"
+
+
+def _mappings(entries: Sequence[Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    return ((index, entry) for index, entry in enumerate(entries) if isinstance(entry, Mapping))
 
 
 def _lora_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:

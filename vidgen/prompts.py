@@ -207,7 +207,7 @@ _Found = tuple[str, str, tuple[tuple[str, str | None], ...]]
 def _find(path: str) -> tuple[Any, str, list[_Found]]:
     """The filesystem, the dataset's folder, and (shown name, path, partitions) of each file, by name."""
     try:
-        fs, root = fsspec.core.url_to_fs(path)
+        fs, root = fsspec.core.url_to_fs(path, use_listings_cache=False)
         shown = _shown_by(fs, path)
         place = root if isinstance(fs, LocalFileSystem) else path
         folder = place[: place.rfind("/", 0, re.search(r"[*?[]|$", place).start()) + 1]  # type: ignore[union-attr]

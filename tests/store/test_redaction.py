@@ -10,16 +10,19 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from PIL import Image
 
 from tests.fleet.inline import config_for, write_prompts
 from tests.store.conftest import SECRET
 from tests.store.proxy import Fault, Proxy
-from vidgen import cli
+from vidgen import cli, config
 from vidgen.errors import ConfigError
 from vidgen.fleet.opening import open_store
 from vidgen.fleet.replica import describe
+from vidgen.plan.build import build
+from vidgen.plan.files import read_plan, rejected_reasons
+from vidgen.redaction import Secrets, refuse_credentials, shown
 from vidgen.store.objects import Objects
-from vidgen.store.redaction import Secrets, refuse_credentials, shown
 
 CARRYING = {
     "s3 login": f"s3://AKIAPLANTED:{SECRET}@bucket/run",
@@ -42,6 +45,37 @@ def test_an_output_that_carries_credentials_is_refused_before_anything_is_writte
     with pytest.raises(ConfigError, match=r"carries credentials.*environment") as told:
         open_store(config_for(write_prompts(tmp_path / "p.parquet", 1), CARRYING[name]))
     assert SECRET not in "".join(traceback.format_exception(told.value))
+
+
+@pytest.mark.parametrize("key", ["dataset.path", "model.checkpoint", "output.path"])
+@pytest.mark.parametrize("name", CARRYING)
+def test_a_configuration_that_carries_credentials_is_refused_without_showing_them(
+    name: str, key: str, tmp_path: Path
+) -> None:
+    values = config.to_dict(config_for(write_prompts(tmp_path / "p.parquet", 1), str(tmp_path / "out")))
+    with pytest.raises(ConfigError, match=f"^{key}: .*carries credentials.*environment") as told:
+        config.from_dict(values, overrides=[f"{key}={CARRYING[name]}"])
+    assert SECRET not in "".join(traceback.format_exception(told.value))
+
+
+def test_an_adapter_or_a_medium_that_carries_credentials_is_refused_too(tmp_path: Path) -> None:
+    signed = CARRYING["presigned"]
+    values = config.to_dict(config_for(write_prompts(tmp_path / "p.parquet", 1), str(tmp_path / "out")))
+    with pytest.raises(ConfigError, match=r"^model.loras\[0\].path: .*carries credentials") as told:
+        config.from_dict({**values, "model": {**values["model"], "loras": [{"path": signed}]}})
+    assert SECRET not in str(told.value)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    prompts = write_prompts(tmp_path / "media.parquet", 2, picture=[signed, "red.png"])
+    job = config_for(prompts, str(tmp_path / "out"), model__task="i2v")
+    job.dataset.columns["image"] = "picture"
+    objects = Objects(job.output.path)
+    build(job, objects)
+    (plan,) = read_plan(objects)
+    assert (plan.counts["items"], plan.counts["rejected"]) == (1, 1)
+    ((reason, rows),) = rejected_reasons(objects, [plan]).items()
+    assert rows == 1 and "picture" in reason and "carries credentials" in reason
+    for file in (tmp_path / "out").rglob("*"):
+        assert file.is_dir() or SECRET.encode() not in file.read_bytes(), file
 
 
 @pytest.mark.parametrize("url", INNOCENT)

@@ -99,7 +99,7 @@ def find(url: str) -> File:
     """What lies at a URL or path; ItemError if nothing does, or the URL cannot be understood; InfrastructureError if
     its store cannot be reached."""
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
         info = fs.info(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         if isinstance(error.__cause__, OSError):  # what fsspec makes of an HTTP server that does not answer

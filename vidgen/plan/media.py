@@ -22,6 +22,7 @@ from vidgen.config_rules import RELATIVE
 from vidgen.errors import InfrastructureError, ItemError
 from vidgen.plan.cells import Cells, MediaCell
 from vidgen.prompts import Rows
+from vidgen.redaction import carried
 from vidgen.types import MEDIA_FIELDS, Media, Request
 
 THREADS = 16
@@ -119,6 +120,8 @@ class MediaPlanner:
 
     def _refused(self, path: str) -> str | None:
         """Why what a cell names is not even looked at; None if it is."""
+        if not path.startswith("data:") and (why := carried(path)) is not None:
+            return why
         if self.schemes is None:
             return None
         place = located(path, self.folder)

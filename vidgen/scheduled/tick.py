@@ -195,7 +195,7 @@ def _account(found: Difference, config: JobConfig, report: Report, say: Callable
 def _is_empty_folder(path: str) -> bool:
     """Whether a source is there and has no file yet: somebody will deliver one. A path that names nothing is not."""
     try:
-        fs, root = fsspec.core.url_to_fs(path)
+        fs, root = fsspec.core.url_to_fs(path, use_listings_cache=False)
         if any(mark in path for mark in "*?[") or not fs.isdir(root):
             return False
     except (ValueError, ImportError, OSError):

@@ -11,9 +11,9 @@ from typing import Any
 import fsspec
 from fsspec.asyn import sync
 
+from vidgen.redaction import Secrets
 from vidgen.store import retry
 from vidgen.store.kind import PARTS_AT_ONCE, Entry, Trouble
-from vidgen.store.redaction import Secrets
 
 PART_TRIES = 5
 PAGE = 5000

@@ -12,9 +12,9 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
+from vidgen.redaction import Secrets
 from vidgen.store import retry
 from vidgen.store.kind import PART_BYTES, Entry, Trouble
-from vidgen.store.redaction import Secrets
 
 PAGE = 1000
 

@@ -18,13 +18,13 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from vidgen.errors import ConfigError, InfrastructureError
+from vidgen.redaction import Secrets, refuse_credentials
 from vidgen.store import retry
 from vidgen.store.azure import Azure
 from vidgen.store.google import Google
 from vidgen.store.kind import Entry, Kind
 from vidgen.store.local import TEMPORARY, Local
 from vidgen.store.other import Other
-from vidgen.store.redaction import Secrets, refuse_credentials
 from vidgen.store.s3 import S3
 
 __all__ = ["TEMPORARY", "Entry", "Objects", "new_token"]

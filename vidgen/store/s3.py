@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import fsspec
 
 from vidgen.errors import InfrastructureError
+from vidgen.redaction import Secrets
 from vidgen.store import retry
 from vidgen.store.kind import CONNECTIONS, PART_BYTES, PARTS_AT_ONCE, Entry, Trouble
-from vidgen.store.redaction import Secrets
 
 MOST_PARTS = 10_000
 T = TypeVar("T")

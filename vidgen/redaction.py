@@ -1,7 +1,8 @@
 """No credential in a message, a log, a plan or a report.
 
-An output URL that carries credentials is refused, since it is written into plans and manifests and shown; whatever a
-storage library says passes `Secrets.clean` before anybody sees it. Refuses to know any store.
+A URL that carries credentials is refused wherever one is given (output, dataset, checkpoint, adapter, medium), since it
+would be written into plans and manifests and shown; whatever a storage library says passes `Secrets.clean` before
+anybody sees it. Refuses to know any store.
 """
 
 from __future__ import annotations
@@ -38,14 +39,21 @@ def shown(url: str) -> str:
     return _FIELD.sub(rf"\1={HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", url))
 
 
+def carried(url: str) -> str | None:
+    """Why a URL that carries credentials cannot be taken, showing it without them; None for one that carries none."""
+    if shown(url) == url:
+        return None
+    return (
+        f"{shown(url)!r} carries credentials, which would end in plans, reports and logs; give them by the "
+        "environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AZURE_STORAGE_CONNECTION_STRING, "
+        "GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_<PROTOCOL>_<OPTION>), by a profile, or by the machine's own role"
+    )
+
+
 def refuse_credentials(url: str) -> None:
-    """ConfigError for a URL that carries credentials; it is shown without them."""
-    if shown(url) != url:
-        raise ConfigError(
-            f"{shown(url)!r} carries credentials, which would end in plans, reports and logs; give them by the "
-            "environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AZURE_STORAGE_CONNECTION_STRING, "
-            "GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_<PROTOCOL>_<OPTION>), by a profile, or by the machine's own role"
-        )
+    """ConfigError for a URL that carries credentials."""
+    if (why := carried(url)) is not None:
+        raise ConfigError(why)
 
 
 class Secrets:
