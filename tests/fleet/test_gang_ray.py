@@ -63,6 +63,9 @@ class Watched(RayFleet):
         self.seen += events
         return events
 
+    def errors(self) -> list[str]:
+        return [event.error for event in self.seen if isinstance(event, ev.ReplicaLost)]
+
     def lost(self) -> list[tuple[str, str]]:
         return [(event.replica, event.cause) for event in self.seen if isinstance(event, ev.ReplicaLost)]
 
@@ -169,7 +172,7 @@ def test_a_gang_of_four_with_a_rank_stopped_is_replaced(
     monkeypatch.setattr(rays, "FEWEST_GANG_HANG_SECONDS", 5.0)
     run = Run(tmp_path, 1, 4, Cards(fault(tmp_path, stage, 2, signal.SIGSTOP)), rows=3, step_seconds=0.1)
     run.finishes(3)
-    assert [cause for _, cause in run.fleet.lost()] == ["hang" if stage == "denoise" else "start"]
+    assert [cause for _, cause in run.fleet.lost()] == ["hang" if stage == "denoise" else "start"], run.fleet.errors()
 
 
 @pytest.mark.slow
