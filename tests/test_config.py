@@ -120,7 +120,6 @@ def test_a_wrong_value_is_named_with_what_is_allowed(smallest: str, override: st
         "engine.compile=on",
         "engine.attention=sage",
         "model.pipeline=WanPipeline",
-        "run.save_every=5",
     ],
 )
 def test_what_this_version_cannot_do_is_refused_by_key_and_value(smallest: str, override: str) -> None:

@@ -130,7 +130,9 @@ class RunConfig:
     lease: float = 60
     hang_seconds: float | None = None
     save_after: float = 300
-    save_every: int | None = None
+    """Seconds: an item predicted to denoise for longer is saved when its replica must leave it."""
+    save_every: float | None = None
+    """Seconds between saves of such an item while nothing asks for it; null: none."""
     single_writer: bool = False
     allow_constant: bool = False
     price_per_gpu_hour: float | None = None

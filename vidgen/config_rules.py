@@ -63,8 +63,6 @@ AVAILABLE: Mapping[str, tuple[Any, ...]] = {
     "engine.compile": ("auto", "off"),
     "engine.attention": ("auto",),
     "run.order": ("auto",),
-    "run.save_after": (300,),
-    "run.save_every": (None,),
 }
 """Keys that are part of the schema while only these of their values work in this version; another is refused."""
 
@@ -102,6 +100,8 @@ LEAST: Mapping[str, float] = {
     "run.max_gpu_hours": 0,
     "run.lease": 45,
     "run.hang_seconds": 1,
+    "run.save_after": 0,
+    "run.save_every": 0,
     "run.price_per_gpu_hour": 0,
 }
 """Smallest allowed value of a number."""

@@ -86,11 +86,12 @@ class State:
     history: History
     generators: torch.Tensor
 
-    def to_bytes(self) -> bytes:
-        """The whole state as one safetensors file."""
+    def to_bytes(self, about: Mapping[str, str] | None = None) -> bytes:
+        """The whole state as one safetensors file; `about` is what its header says of it."""
         tensors = {"step": torch.tensor(self.step), "latents": self.latents, "generators": self.generators}
         tensors |= {f"history.{name}": value for name, value in self.history.items()}
-        return safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        return safetensors.torch.save(whole, dict(about) if about is not None else None)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> State:
@@ -101,6 +102,15 @@ class State:
             return cls(int(tensors["step"]), tensors["latents"], history, tensors["generators"])
         except (safetensors.SafetensorError, KeyError) as error:
             raise ValueError(f"not a saved state of the denoising loop: {error}") from error
+
+    @classmethod
+    def together(cls, states: Sequence[State]) -> State:
+        """States at one step, whose samplers remember the same, as one batch."""
+        first = states[0]
+        assert all(s.step == first.step and s.history.keys() == first.history.keys() for s in states), "mixed states"
+        history = {name: torch.cat([s.history[name] for s in states]) for name in first.history}
+        latents, generators = ([getattr(s, name) for s in states] for name in ("latents", "generators"))
+        return cls(first.step, torch.cat(latents), history, torch.cat(generators))
 
     def item(self, b: int) -> State:
         """The state of one item of the batch, as a batch of one."""

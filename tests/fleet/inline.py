@@ -43,8 +43,8 @@ class InlineFleet:
         self.sent.append((name, works))
         self.workers[name].submit(batch, works)
 
-    def recall(self, name: str, abandon: bool = False) -> None:
-        self.workers[name].recall(abandon)
+    def recall(self, name: str, within: float | None = None) -> None:
+        self.workers[name].leave(within)
 
     def pulses(self) -> dict[str, Pulse | None]:
         return dict(self.last)
@@ -128,6 +128,8 @@ def settings_for(config: configuration.JobConfig, objects: Objects) -> Settings:
         codec=config.output.codec,
         crf=config.output.crf,
         allow_constant=config.run.allow_constant,
+        save_after=config.run.save_after,
+        save_every=config.run.save_every,
     )
 
 

@@ -82,9 +82,9 @@ class ReplicaActor:
         assert self.worker is not None
         self.worker.submit(batch, works)
 
-    def recall(self, abandon: bool) -> None:
+    def leave(self, within: float | None) -> None:
         assert self.worker is not None
-        self.worker.recall(abandon)
+        self.worker.leave(within)
 
     def poll(self, timeout: float) -> Pulse | None:
         """A Worker's pulse; a Member shows with None that its process lives."""
@@ -180,10 +180,10 @@ class RayFleet:
             return  # it was lost a moment ago; the event that says so is on its way and brings the batch back
         handle.members[0].actor.submit.options(concurrency_group="control").remote(batch, works)
 
-    def recall(self, name: str, abandon: bool = False) -> None:
+    def recall(self, name: str, within: float | None = None) -> None:
         handle = self.handles.get(name)
         if handle is not None:
-            handle.members[0].actor.recall.options(concurrency_group="control").remote(abandon)
+            handle.members[0].actor.leave.options(concurrency_group="control").remote(within)
 
     def pulses(self) -> dict[str, Pulse | None]:
         """The last sign of life of each replica; None while it starts."""

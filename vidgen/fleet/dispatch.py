@@ -146,8 +146,13 @@ class Dispatcher:
 
     def _returned(self, event: BatchReturned) -> None:
         replica = self.replicas.get(event.replica)
-        batch = replica.batches.pop(event.batch, None) if replica else None
-        self._queue(list(batch.tasks.values()) if batch else [])
+        batch = replica.batches.get(event.batch) if replica else None
+        if batch is None:
+            return
+        chosen = event.items or tuple(batch.tasks)
+        self._queue([batch.tasks.pop(item_id) for item_id in chosen if item_id in batch.tasks])
+        batch.generated = True  # what is left of it is being written
+        self._forget_if_empty(event.replica, event.batch)
 
     def _forget_if_empty(self, replica: str, number: int) -> None:
         known = self.replicas.get(replica)

@@ -19,6 +19,7 @@ from vidgen.fleet.dispatch import Dispatcher, Rules
 from vidgen.fleet.formation import replica_names as replica_names
 from vidgen.fleet.progress import Progress, ReplicaState, Snapshot
 from vidgen.fleet.replica import Pulse
+from vidgen.fleet.saving import Saves
 from vidgen.plan.files import read_items, total_rejected
 from vidgen.store import commits, ledger
 from vidgen.store.epochs import BEAT_SECONDS, Lease
@@ -36,7 +37,7 @@ class Fleet(Protocol):
 
     def start(self, name: str) -> None: ...
     def send(self, name: str, batch: int, works: tuple[ev.Work, ...]) -> None: ...
-    def recall(self, name: str, abandon: bool = False) -> None: ...
+    def recall(self, name: str, within: float | None = None) -> None: ...
     def pulses(self) -> dict[str, Pulse | None]: ...
     def poll(self, timeout: float) -> list[ev.Event]: ...
     def close(self) -> None: ...
@@ -92,6 +93,7 @@ class Driver:
         self.suspects: set[str] = set()
         self.counts: dict[str, float] = {}
         self.tasks: list[Iterator[ev.Task]] = []
+        self.saves = Saves(objects, lease.check)
         self.interrupt = Interrupt()
         self._stopping_until: float | None = None
         self._queue: list[ev.Event] = []
@@ -124,6 +126,9 @@ class Driver:
         elif isinstance(event, ev.ReplicaLost):
             self.progress.say(f"replica {event.replica} was lost ({event.cause}): {event.error}")
             self._spent_before += self._busy.pop(event.replica, 0.0)  # its successor counts from zero
+        elif isinstance(event, ev.Noted):
+            self.progress.say(f"{event.replica}: {event.text}")
+        self.saves.hear(event, self.state.generation_of)
         self._queue.append(event)
         while self._queue:
             for action in self.dispatcher.handle(self._queue.pop(0), time.monotonic()):
@@ -134,15 +139,17 @@ class Driver:
             case ev.Send():
                 if not self._outlived:
                     self._beat()
-                self.fleet.send(action.replica, action.batch, action.works)
+                self.fleet.send(action.replica, action.batch, self.saves.aboard(action))
             case ev.Recall():
-                self.fleet.recall(action.replica)
+                self.fleet.recall(action.replica, action.within)
             case ev.Replace():
                 self.fleet.start(action.replica)
             case ev.Look():
                 record = commits.read_commit(self.objects, action.generation, action.item_id)
                 if record is not None:
                     self._settle(record)
+                else:
+                    self.saves.look(action.generation, action.item_id)
                 self._queue.append(ev.Looked(action.item_id, record))
             case ev.Evidence():
                 attempt = commits.Attempt(
@@ -179,13 +186,16 @@ class Driver:
     def _settle(self, record: Record) -> None:
         if self.state.settle(record):
             self.records.append(record)
+            self.saves.settled(record)
 
     # ---------------------------------------------------------------- what is to do
 
     def _inherit(self) -> None:
         """What a predecessor that died left: items in flight on this host are suspects, and one that was alone in
         flight as a suspect at another death gets a count (its token is the epoch's, so it counts once)."""
-        for attempt in commits.read_attempts(self.objects):
+        attempts = list(commits.read_attempts(self.objects))
+        self.saves.load(self.state.generation_of, attempts)
+        for attempt in attempts:
             if attempt.generation == self.state.generation_of(attempt.item_id):
                 self.counts[attempt.item_id] = self.counts.get(attempt.item_id, 0.0) + attempt.count
         before = self.lease.before

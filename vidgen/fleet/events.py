@@ -30,11 +30,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One item as a replica gets it."""
+    """One item as a replica gets it. `saved`: a state to go on from lies in the store, as far as the driver knows."""
 
     item: Item
     generation: int
     attempt: int
+    saved: bool = False
 
 
 # ---------------------------------------------------------------- events
@@ -75,10 +76,28 @@ class BatchGenerated:
 
 @dataclass(frozen=True, slots=True)
 class BatchReturned:
-    """The replica gave a batch back unstarted."""
+    """The replica gave a batch back unstarted; or, where `items` names them, these of its items unfinished."""
 
     replica: str
     batch: int
+    items: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ItemSaved:
+    """The state of an item after `step` denoising steps is in the store."""
+
+    replica: str
+    item_id: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """Something a person may want to read, and nobody must act upon."""
+
+    replica: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +146,8 @@ Event = (
     | ReplicaLost
     | BatchGenerated
     | BatchReturned
+    | ItemSaved
+    | Noted
     | ItemDone
     | ItemFailed
     | Looked
@@ -146,9 +167,11 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Ask a replica to give back what it has not started."""
+    """Ask a replica to give back what it has not started. What it runs it finishes, unless that can be saved, which
+    loses nothing; or, with `within`, unless it will not be done in so many seconds."""
 
     replica: str
+    within: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen import VERSION, family, media
 from vidgen.errors import Cancelled, ConfigError, GenerationError, InfrastructureError, ItemError
-from vidgen.fleet.events import BatchGenerated, BatchReturned, Event, ItemDone, ItemFailed, Work
+from vidgen.fleet import saving
+from vidgen.fleet.events import BatchGenerated, BatchReturned, Event, ItemDone, ItemFailed, Noted, Work
 from vidgen.fleet.gang import BROKEN, Entry, Peers, Watch, in_step
+from vidgen.fleet.saving import Keeper, Pace
 from vidgen.formats import FORMATS
 from vidgen.report.summary import signature
 from vidgen.store import commits
@@ -56,6 +58,8 @@ class Settings:
     codec: str
     crf: int
     allow_constant: bool
+    save_after: float = 300.0
+    save_every: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,8 @@ class Worker:
         self._threads: list[threading.Thread] = []
         self._engine: Any = None
         self._frames_out = family.spec(settings.model.family).frames_out
+        self._keeper = Keeper(name, self.objects, settings.save_after, settings.save_every, self._pace)
+        self._keeper.tell = self._events.put
 
     # ---------------------------------------------------------------- what the driver calls
 
@@ -131,16 +137,28 @@ class Worker:
 
     def submit(self, batch: int, works: tuple[Work, ...]) -> None:
         self._batches.put((batch, works))
+        if self._keeper.leaving:
+            self.recall()
 
     def recall(self, abandon: bool = False) -> None:
         """Gives back what has not started; with `abandon`, also what runs, at its next step."""
         if abandon:
             self._cancel.set()
+        closing = False
         with contextlib.suppress(queue.Empty):
             while True:
                 waiting = self._batches.get_nowait()
                 if waiting is not None:
                     self._events.put(BatchReturned(self.name, waiting[0]))
+                closing = closing or waiting is None
+        if closing:
+            self._batches.put(None)
+
+    def leave(self, within: float | None) -> None:
+        """Gives back what has not started, and what runs too if it can be saved; or, with `within`, what will not be
+        done in so many seconds, saved if it is worth it."""
+        self._keeper.leave(within)
+        self.recall()
 
     def poll(self, timeout: float) -> Pulse:
         """Waits up to `timeout` seconds for something to happen and reports all that has."""
@@ -152,11 +170,11 @@ class Worker:
                 events.append(self._events.get_nowait())
         self._notice_peers()
         silent = time.monotonic() - self._heartbeat if self._stage != "idle" else 0.0
-        paces = self._paces[:] if self._stage == "denoise" and self._step < self._steps else []
-        pace = statistics.median(paces) if paces else 0.0
+        pace = self._pace()
+        seconds = pace.seconds if pace.step < pace.steps else 0.0
         broken = self._broken if self._events.empty() else ""  # what happened before is told before
         where = (self._stage, self._step, self._steps)
-        return Pulse(tuple(events), *where, silent, self._busy, self._current, pace, broken)
+        return Pulse(tuple(events), *where, silent, self._busy, self._current, seconds, broken)
 
     def close(self) -> None:
         """Ends the threads once what is in hand is written, and removes the scratch folder."""
@@ -193,10 +211,13 @@ class Worker:
         self._stage, self._step, self._steps = stage, step, steps
         self._heartbeat = now
 
+    def _pace(self) -> Pace:
+        paces = self._paces[:] if self._stage == "denoise" else []
+        return Pace(statistics.median(paces), self._step, self._steps) if paces else Pace()
+
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:
             number, works = batch
-            self._paces = []
             self._progress("encode", 0, 0)
             self._current = works[0].item.item_id
             begun = time.monotonic()
@@ -209,29 +230,44 @@ class Worker:
 
     def _generate(self, number: int, works: tuple[Work, ...]) -> None:
         left = self._left = list(works)
-        hooks = Hooks(progress=self._progress, cancelled=self._cancel.is_set)
-        started_at = time.time()
         try:
-            requests = [work.item.request for work in works]
-            if self._watch is not None:
-                self._watch.begin(requests)
-            for video in self._engine.generate(requests, hooks):
-                work = left[0]
-                self._current = work.item.item_id
-                handover = self._encode(work, video, started_at)
-                left.pop(0)
-                self._written.put(handover)
+            for group, state in saving.groups(works, self.objects, self._note):
+                self._keeper.begin(group, state)
+                self._run(group)
         except Exception as error:
+            self._keeper.settle()
             if self._peers is not None and not in_step(self._peers, error):
                 self._break(describe(error))
                 if isinstance(error, InfrastructureError):
                     return  # perhaps a member is dead: who looks after the gang knows, and judges the items
-            if isinstance(error, Cancelled):
-                self._events.put(BatchReturned(self.name, number))
+            if isinstance(error, Cancelled) and left:
+                self._events.put(BatchReturned(self.name, number, tuple(work.item.item_id for work in left)))
                 return
             for work in left:  # whatever an engine raises is the items' failure, and is recorded with each
                 self._fail(work, error)
         self._events.put(BatchGenerated(self.name, number))
+
+    def _run(self, group: tuple[Work, ...]) -> None:
+        """Items that are at the same step, through the engine and into ffmpeg's hands."""
+        self._paces = []
+        started_at, requests = time.time(), [work.item.request for work in group]
+        if self._watch is not None:
+            self._watch.begin(requests)
+        keeper = self._keeper
+        hooks = Hooks(self._progress, self._cancelled, save=keeper.save, resume=keeper.resume)
+        videos = self._engine.generate(requests, hooks)
+        for video, work in zip(videos, group, strict=True):
+            self._current = work.item.item_id
+            handover = self._encode(work, video, started_at)
+            self._left.remove(work)
+            keeper.settle()
+            self._written.put(handover)
+
+    def _cancelled(self) -> bool:
+        return self._cancel.is_set() or self._keeper.cancelled()
+
+    def _note(self, text: str) -> None:
+        self._events.put(Noted(self.name, text))
 
     def _break(self, error: str) -> None:
         """Gives up the gang. What has not started goes back first, so that only what was running is suspected."""
@@ -322,6 +358,7 @@ class Worker:
         ours, truth = commits.commit(self.objects, record, self.token)
         if ours and self.objects.size(path) != encoded.bytes:
             self.objects.put_file(path, handover.place)
+        self._keeper.tail = record.decode_s + record.write_s
         return truth
 
     def _fail(self, work: Work, error: Exception) -> None:

@@ -162,6 +162,8 @@ def _settings(run: Run, lease: epochs.Lease, device: str, threads: int | None) -
         codec=plan.resolved["output"]["codec"],
         crf=config.output.crf,
         allow_constant=config.run.allow_constant,
+        save_after=config.run.save_after,
+        save_every=config.run.save_every,
     )
 
 

@@ -1,17 +1,19 @@
-"""Garbage collection: objects below data/ that no commit names.
+"""Garbage collection: objects below data/ that no commit names, and saved states that nobody can go on from.
 
 An orphan of a terminal item may go at any age, an object of a pending item never below two hours: a replica may be
-about to commit it. Generations, commit and age are read again just before each deletion; ages are by the store's clock,
-since this machine's may be wrong. Nothing else is ever deleted.
+about to commit it. The saved state of a pending item stays, whatever its age. Generations, commit and age are read
+again just before each deletion; ages are by the store's clock, since this machine's may be wrong. Nothing else is ever
+deleted.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vidgen.store import commits, ledger
+from vidgen.store import commits, ledger, resume
 from vidgen.store.objects import Objects, new_token
 
 SAFE_SECONDS = 2 * 3600.0
@@ -41,10 +43,10 @@ def collect(
     seen = removed = size = 0
     now = now or (time.time if dry_run else _store_clock(objects))
     named = _named(objects)
-    for entry in objects.list("data"):
+    for entry in itertools.chain(objects.list("data"), objects.list(resume.FOLDER)):
         seen += 1
         old = now() - entry.mtime >= older_than
-        if old and entry.path not in named and _orphan(objects, entry.path, older_than, now):
+        if old and entry.path not in named and _useless(objects, entry.path, older_than, now):
             if not dry_run:
                 before_delete()
                 objects.delete(entry.path)
@@ -69,6 +71,16 @@ def _named(objects: Objects) -> set[str]:
             if generation == generations.get(item_id, 0):
                 named.add(video)
     return named
+
+
+def _useless(objects: Objects, path: str, older_than: float, now: Callable[[], float]) -> bool:
+    if not path.startswith(f"{resume.FOLDER}/"):
+        return _orphan(objects, path, older_than, now)
+    if (named := resume.of_path(path)) is None:
+        return False
+    generation, item_id = named
+    current = commits.read_generations(objects).get(item_id, 0)
+    return generation < current or commits.read_commit(objects, current, item_id) is not None
 
 
 def _orphan(objects: Objects, path: str, older_than: float, now: Callable[[], float]) -> bool:
