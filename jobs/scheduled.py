@@ -12,12 +12,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from vidgen import config as configuration
 from vidgen.errors import UserError
+from vidgen.fleet import log
 from vidgen.scheduled import pace
 from vidgen.scheduled.difference import Policy
 from vidgen.scheduled.tick import Drive, Report, Schedule, tick
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None, drive: Drive | None = None) -> 
     if options.every is None:
         code = _guarded(options, lambda: _tick(options, made))
     else:
-        code = pace.every(options.every, lambda: _tick(options, made), say=_say)
+        code = pace.every(options.every, lambda: _tick(options, made), say=_sayer(options, "warning"))
     return 0 if code in options.ok_exit else code
 
 
@@ -44,7 +45,7 @@ def _tick(options: argparse.Namespace, drive: Drive) -> int:
     config = configuration.load(options.config, options.overrides)
     policy = Policy(options.on_change, options.on_spec_change)
     schedule = Schedule(policy, options.overlap, options.takeover)
-    report = tick(config, schedule, drive, say=_silent if options.json else _say)
+    report = tick(config, schedule, drive, say=_sayer(options))
     options.takeover = False  # it is for the first tick of a long-lived process alone
     if options.json:
         print(json.dumps(asdict(report), indent=1 if options.every is None else None), flush=True)
@@ -57,7 +58,9 @@ def _fleet(options: argparse.Namespace) -> Drive:
     def drive(output: str, overrides: Sequence[str]) -> Any:
         from vidgen.fleet import run as fleet
 
-        choice = fleet.Options(address=options.address, takeover=options.takeover, quiet=options.json)
+        choice = fleet.Options(
+            address=options.address, takeover=options.takeover, quiet=options.json, json_log=options.log == "json"
+        )
         return fleet.generate(output, overrides, choice)[1]
 
     return drive
@@ -73,7 +76,7 @@ def _guarded(options: argparse.Namespace, act: Any) -> int:
         if options.json:
             print(json.dumps({"error": str(error), "exit": code}, indent=1))
         else:
-            _say(f"error: {error}")
+            _sayer(options, "error")(f"error: {error}")
         return code
     except KeyboardInterrupt:
         return pace.INTERRUPTED
@@ -91,6 +94,13 @@ def _show(report: Report) -> None:
         print(f"  for the next tick: run {', '.join(map(str, report.waiting))}")
     total = ", ".join(f"{number:,} {name}" for name, number in report.counts.items() if number)
     print(f"  all runs: {total or 'nothing yet'}\n  output    {report.output}, exit {report.exit}", flush=True)
+
+
+def _sayer(options: argparse.Namespace, level: str = "info") -> Callable[[str], None]:
+    """What a tick's lines go through: standard error, as JSON lines if asked for; nowhere with --json alone."""
+    if options.log == "json":
+        return lambda text: _say(log.line(text, level))
+    return _silent if options.json and level == "info" else _say
 
 
 def _say(text: str) -> None:
@@ -117,6 +127,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--address", help="Ray cluster to join (else RAY_ADDRESS, else a local one)")
     parser.add_argument("--takeover", action="store_true", help="supersede a tick that seems alive")
     parser.add_argument("--ok-exit", type=_codes, default=(), help="exit codes to map to 0, for example 3,5,75")
+    parser.add_argument("--log", choices=("text", "json"), default="text", help="json: the log as JSON lines")
     parser.add_argument("--json", action="store_true", help="machine-readable output; a line a tick with --every")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, rest = parser.parse_known_args(arguments)

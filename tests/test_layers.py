@@ -51,6 +51,8 @@ HEADLESS = (
 )
 """Rooms that run where there is no GPU: no torch, not even through others."""
 
+FLEET_ON_THE_HEAD = ("driver", "dispatch", "progress", "cluster", "observer", "metrics", "exporter")
+
 
 @cache
 def imports(module: str, lazy: bool) -> frozenset[str]:
@@ -117,8 +119,8 @@ def test_every_room_has_its_layer() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_only_the_fleets_cluster_imports_ray(module: str) -> None:
-    if module != "vidgen.fleet.cluster":
+def test_only_the_fleets_cluster_and_its_exporter_of_metrics_import_ray(module: str) -> None:
+    if module not in ("vidgen.fleet.cluster", "vidgen.fleet.exporter"):
         assert "ray" not in outside(module)
 
 
@@ -134,7 +136,7 @@ def test_nothing_below_the_fleet_reaches_ray(module: str) -> None:
         for module in MODULES
         if room(module) in HEADLESS
         or module.endswith(".spec")
-        or module in ("vidgen.fleet.driver", "vidgen.fleet.dispatch", "vidgen.fleet.progress", "vidgen.fleet.cluster")
+        or module in {f"vidgen.fleet.{name}" for name in FLEET_ON_THE_HEAD}
         or room(module) == "cli"
     ],
 )

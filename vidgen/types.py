@@ -97,7 +97,8 @@ class Item:
 class Record:
     """The terminal state of one item: what a commit object holds, and what the manifest adds to the plan.
 
-    `status` is done, failed or quarantined. Seconds are wall time; `*_at` are seconds since the epoch.
+    `status` is done, failed or quarantined. Seconds are wall time; `*_at` are seconds since the epoch. `threads` are
+    torch's, 0 where that was left to it.
     """
 
     item_id: str
@@ -114,6 +115,7 @@ class Record:
     dtype: str = ""
     batch: int = 0
     context: int = 1
+    threads: int = 0
     gpu: str = ""
     node: str = ""
     replica: str = ""
@@ -131,9 +133,10 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
-        """Builds a record from a commit's JSON; keys of newer versions are passed over."""
+        """Builds a record from a commit's JSON; keys of newer versions are passed over, and those that an
+        older one did not write keep their defaults."""
         known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        return cls(**{key: value for key, value in values.items() if key in known and value is not None})
 
 
 @dataclass(frozen=True, slots=True)

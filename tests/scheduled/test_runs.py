@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.scheduled.schedule import Scheduled, write
 from vidgen import config as configuration
+from vidgen.cli import main
 from vidgen.config import to_dict
 from vidgen.errors import PlanError
 from vidgen.fleet.driver import Outcome
@@ -54,3 +56,23 @@ def test_a_run_that_no_tick_planned_is_refused_below_a_schedule(job: Scheduled) 
     build(job.config(output={"path": stranger.url}), stranger)
     with pytest.raises(PlanError, match="runs/1: not planned by a scheduled tick"):
         job.tick()
+
+
+def test_why_looks_in_every_run_of_a_schedule_the_newest_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Scheduled(tmp_path)
+    write(made.source / "1.parquet", {"a": "a ball", "b": "a box"})
+    made.tick()
+    write(made.source / "2.parquet", {"a": "a corrected ball"})
+    (made.source / "1.parquet").unlink()
+    made.tick(change="regenerate")
+    assert main(["why", str(made.output), "b", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["item"]
+    assert (found["run"], found["status"]) == (0, "done") and found["output"].endswith("runs/0")
+    assert main(["why", str(made.output), "a", "--json"]) == 0
+    assert [row["run"] for row in json.loads(capsys.readouterr().out)["items"]] == [1, 0]
+    assert main(["why", str(made.output / "runs/1"), "a", "--make", str(tmp_path / "a.mp4")]) == 0
+    assert "the committed video" in capsys.readouterr().out
+    assert main(["why", str(made.output), "c"]) == 2
+    assert "any of the 2 runs" in capsys.readouterr().err

@@ -8,6 +8,7 @@ group of commands.
 from __future__ import annotations
 
 import argparse
+import sys
 import traceback
 from collections.abc import Sequence
 
@@ -42,6 +43,10 @@ def _error(options: argparse.Namespace, error: Exception, code: int) -> int:
         traceback.print_exc()
     if options.json:
         print_json({"error": str(error), "exit": code})
+    elif getattr(options, "log", "text") == "json":
+        from vidgen.fleet import log
+
+        print(log.line(str(error), "error"), file=sys.stderr, flush=True)
     else:
         console = Console(stderr=True)
         console.print("error", style="bold red", end=": ")

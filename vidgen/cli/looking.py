@@ -1,18 +1,27 @@
-"""Commands that look at a run and change nothing in it: status, verify, report."""
+"""Commands that look at a run and change nothing in it: status, why, verify, report."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 
 from rich.console import Console
 
 from vidgen.cli.command import FAILED, Commands, print_json, share
+from vidgen.errors import GenerationError, UserError
 
 
 def add(commands: Commands) -> None:
     """Adds them to the parser."""
-    commands.of_output("status", _status, "done, failed, pending, rate, time left, failures by signature")
+    status = commands.of_output("status", _status, "done, failed, pending, rate, time left, failures by signature")
+    status.add_argument("--watch", action="store_true", help="again and again until the run ends; needs no cluster")
+    status.add_argument("--every", type=_seconds, default=2.0, help="with --watch: seconds between (default 2)")
+    why = commands.of_output("why", _why, "all that is known about one item, and the command that makes it again")
+    why.add_argument("item", help="an item id, the beginning of one, or a row id")
+    why.add_argument("--make", metavar="FILE", help="make it again, alone, without Ray; exit 1 if the bytes differ")
+    why.add_argument("--device", default="auto", help="with --make: auto, cpu, cuda")
+    why.add_argument("--threads", type=int, help="with --make: default as many as made it")
     verify = commands.of_output(
         "verify", _verify, "prove the output: manifest == plan, each video there and whole, no duplicate"
     )
@@ -25,12 +34,67 @@ def add(commands: Commands) -> None:
 def _status(options: argparse.Namespace) -> int:
     from vidgen.report import status
 
+    if options.watch:
+        return _watch(options)
     found = status.read(options.output)
     if options.json:
         print_json(asdict(found))
     else:
         status.show(found, Console())
     return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from rich.live import Live
+
+    from vidgen.report import status, watch
+
+    console = Console()
+    seen = watch.watch(options.output, options.every)
+    if options.json:
+        for found in seen:
+            print(json.dumps(asdict(found), default=str), flush=True)
+    elif not console.is_terminal:
+        for found in seen:
+            status.show(found, console)
+    else:
+        with Live(console=console, auto_refresh=False) as live:
+            for found in seen:
+                live.update(status.render(found), refresh=True)
+    return 0
+
+
+def _why(options: argparse.Namespace) -> int:
+    from vidgen.report import explained, why
+    from vidgen.scheduled import runs
+
+    answer = why.ask(runs.places(options.output), options.item)
+    if options.make is None:
+        print_json(explained.as_json(answer)) if options.json else explained.show(answer, Console())
+        return 0
+    if answer.item is None:
+        raise UserError(f"{options.item!r} is {len(answer.items)} items; name one: vidgen why {options.output} ITEM")
+    from vidgen.report import remake
+
+    try:
+        made = remake.make(answer.item, options.make, device=options.device, threads=options.threads)
+    except GenerationError as error:
+        raise UserError(f"{answer.item.item.item_id}: {error}") from error
+    if options.json:
+        print_json(asdict(made))
+    else:
+        verdict = {True: "the committed video", False: f"NOT the committed {made.committed}", None: "nothing committed"}
+        print(f"{made.path}: {made.bytes:,} bytes, sha256 {made.sha256}: {verdict[made.same]}")
+        for note in answer.item.notes if made.same is False else ():
+            print(f"note: {note}")
+    return FAILED if made.same is False else 0
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: seconds between two looks are above 0")
+    return seconds
 
 
 def _verify(options: argparse.Namespace) -> int:

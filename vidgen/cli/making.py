@@ -27,6 +27,7 @@ def add(commands: Commands) -> None:
     generate.add_argument("--address", help="Ray cluster to join (else RAY_ADDRESS, else a local one)")
     generate.add_argument("--takeover", action="store_true", help="supersede a driver that seems alive")
     generate.add_argument("--no-report", action="store_true", help="do not make the HTML report at the end")
+    generate.add_argument("--log", choices=("text", "json"), default="text", help="json: the log as JSON lines")
     generate.add_argument("--ok-exit", type=codes, default=(), help="exit codes to map to 0, for example 3,5,75")
 
     plan = commands.job(
@@ -45,7 +46,9 @@ def _generate(options: argparse.Namespace) -> int:
     opened, outcome = fleet.generate(
         options.config,
         options.overrides,
-        fleet.Options(address=options.address, takeover=options.takeover, quiet=options.json),
+        fleet.Options(
+            address=options.address, takeover=options.takeover, quiet=options.json, json_log=options.log == "json"
+        ),
     )
     output = opened.config.output.path
     finished = outcome.code in (0, SOME_FAILED)

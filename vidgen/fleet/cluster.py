@@ -1,4 +1,4 @@
-"""Replicas as Ray actors. The only file that imports ray.
+"""Replicas as Ray actors. Beside `exporter.py` the only file that imports ray.
 
 It starts actors, hands them work and turns what becomes of them into events. A gang is several actors that are placed,
 started and lost together: to everybody else it is one replica. Refuses to decide anything: who gets what, what a death

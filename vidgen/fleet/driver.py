@@ -17,6 +17,7 @@ from vidgen import VERSION, manifest
 from vidgen.fleet import events as ev
 from vidgen.fleet.dispatch import Dispatcher, Rules
 from vidgen.fleet.formation import replica_names as replica_names
+from vidgen.fleet.observer import Observer
 from vidgen.fleet.progress import Progress, ReplicaState, Snapshot
 from vidgen.fleet.replica import Pulse
 from vidgen.fleet.saving import Saves
@@ -95,6 +96,7 @@ class Driver:
         self.tasks: list[Iterator[ev.Task]] = []
         self.saves = Saves(objects, lease.check)
         self.interrupt = Interrupt()
+        self.observer = Observer(progress)
         self._stopping_until: float | None = None
         self._queue: list[ev.Event] = []
         self._spent_before = float(lease.before.get("gpu_seconds", 0.0))
@@ -121,13 +123,13 @@ class Driver:
         return self._end(dispatcher.finished)
 
     def _feed(self, event: ev.Event) -> None:
+        self.observer.heard(event)
         if isinstance(event, ev.ItemDone):
             self._settle(event.record)
         elif isinstance(event, ev.ReplicaLost):
-            self.progress.say(f"replica {event.replica} was lost ({event.cause}): {event.error}")
             self._spent_before += self._busy.pop(event.replica, 0.0)  # its successor counts from zero
         elif isinstance(event, ev.Noted):
-            self.progress.say(f"{event.replica}: {event.text}")
+            self.progress.say(f"{event.replica}: {event.text}", replica=event.replica)
         self.saves.hear(event, self.state.generation_of)
         self._queue.append(event)
         while self._queue:
@@ -135,6 +137,7 @@ class Driver:
                 self._do(action)
 
     def _do(self, action: ev.Action) -> None:
+        self.observer.does(action)
         match action:
             case ev.Send():
                 if not self._outlived:
@@ -184,9 +187,12 @@ class Driver:
         self._settle(truth)
 
     def _settle(self, record: Record) -> None:
+        news = record.ordinal < self.total and self.state.is_pending(record.ordinal)
         if self.state.settle(record):
             self.records.append(record)
             self.saves.settled(record)
+            if news:
+                self.observer.settled(record)
 
     # ---------------------------------------------------------------- what is to do
 
@@ -252,7 +258,7 @@ class Driver:
             self._stop(130, "interrupted", grace)
         if self._stopping_until is not None and now >= self._stopping_until and self.dispatcher.finished is None:
             self.dispatcher.finished = ev.Finish(130, "interrupted; what was in flight is made again by the next run")
-        self.progress.show(self.snapshot())
+        self._show(self.snapshot())
 
     def _stop(self, code: int, reason: str, grace: float | None) -> None:
         if self.dispatcher.stopping is None:
@@ -272,6 +278,9 @@ class Driver:
         """Seconds that replicas have spent generating, over the whole run, those of every member of a gang."""
         return self._spent_before + sum(self._busy.values())
 
+    def _show(self, snapshot: Snapshot, last: bool = False) -> None:
+        self.observer.show(snapshot, self.fleet.pulses(), self.dispatcher.rules.degree_of, last=last)
+
     def snapshot(self, state: str = "") -> Snapshot:
         counts = self.state.counts()
         settled = self.total - counts["pending"]
@@ -290,6 +299,7 @@ class Driver:
             rejected=self.rejected,
             pending=counts["pending"],
             in_flight=len(self.dispatcher.in_flight()),
+            queue=self.dispatcher.order.pending(),
             rate=rate * 3600 if rate else None,
             eta=counts["pending"] / rate if rate else None,
             elapsed=self.progress.elapsed(),
@@ -314,7 +324,7 @@ class Driver:
             code = finished_code(counts)
             self.lease.check()
             manifest.write(self.objects, self.plans, self.state, self.token, before_write=self.lease.check)
-        self.progress.show(self.snapshot("finished" if finish.code is None else "stopped"), last=True)
+        self._show(self.snapshot("finished" if finish.code is None else "stopped"), last=True)
         self.lease.release(in_flight=[], gpu_seconds=self.gpu_seconds(), counts=counts)
         return Outcome(code, finish.reason, counts, self.progress.elapsed())
 

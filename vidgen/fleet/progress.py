@@ -1,7 +1,7 @@
 """How far a run is: counts, rate, time left.
 
 Shown live in a terminal, as a line every few seconds in a log, and mirrored in OUTPUT/progress.json so that
-`vidgen status` needs no cluster. Decides nothing.
+`vidgen status` needs no cluster. On request the log is JSON lines instead (`vidgen.fleet.log`). Decides nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vidgen.fleet import log
 from vidgen.report.wording import duration
 from vidgen.store.objects import Objects
 
@@ -43,7 +45,9 @@ class ReplicaState:
 
 @dataclass(slots=True)
 class Snapshot:
-    """What a person wants to know while it runs. `rate` is items an hour, `eta` seconds left; None while unknown."""
+    """What a person wants to know while it runs. `rate` is items an hour, `eta` seconds left; None while unknown.
+    `queue` is pending items that the driver has read and no replica has, `cost` in the currency of
+    run.price_per_gpu_hour, `metrics` what `vidgen.fleet.metrics` declares, by name."""
 
     name: str
     total: int
@@ -58,18 +62,25 @@ class Snapshot:
     elapsed: float
     gpu_seconds: float
     state: str
+    queue: int = 0
+    cost: float | None = None
     replicas: list[ReplicaState] = field(default_factory=list)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     updated_at: float = field(default_factory=time.time)
 
 
 class Progress:
-    """Feeds one display and progress.json. `interactive` None: live where standard error is a terminal."""
+    """Feeds one display and progress.json. `interactive` None: live where standard error is a terminal. `json`: no
+    display but JSON lines, those of `note` among them; `run` is the run's name in them."""
 
-    def __init__(self, objects: Objects, *, interactive: bool | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self, objects: Objects, *, interactive: bool | None = None, quiet: bool = False, json: bool = False
+    ) -> None:
         self.objects = objects
         self.console = Console(stderr=True)
         self.interactive = sys.stderr.isatty() if interactive is None else interactive
-        self.quiet = quiet
+        self.quiet, self.json = quiet, json
+        self.run: str | None = None
         self._live: Live | None = None
         self._last_line = self._last_write = 0.0
         self._history: deque[tuple[float, int]] = deque()
@@ -89,19 +100,35 @@ class Progress:
     def elapsed(self) -> float:
         return time.monotonic() - self._began
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, level: str = "info", replica: str | None = None) -> None:
         """One line, above the live display or in the log."""
-        if not self.quiet:
+        if self.json:
+            self.note(text, level, replica=replica)
+        elif not self.quiet:
             self.console.print(Text(text), highlight=False, soft_wrap=True)
+
+    def note(
+        self,
+        text: str,
+        level: str = "info",
+        *,
+        item: str | None = None,
+        replica: str | None = None,
+        attempt: int | None = None,
+    ) -> None:
+        """One line of the JSON log; too much for a person to read."""
+        if self.json:
+            written = log.line(text, level, run=self.run, item=item, replica=replica, attempt=attempt)
+            print(written, file=sys.stderr, flush=True)
 
     def show(self, snapshot: Snapshot, *, last: bool = False) -> None:
         now = time.monotonic()
-        if not self.quiet and self.interactive:
+        if not self.quiet and not self.json and self.interactive:
             if self._live is None:
                 self._live = Live(console=self.console, refresh_per_second=4, transient=True)
                 self._live.start()
             self._live.update(panel(snapshot))
-        elif not self.quiet and (last or now - self._last_line >= LOG_SECONDS):
+        elif (not self.quiet or self.json) and (last or now - self._last_line >= LOG_SECONDS):
             self._last_line = now
             self.say(line(snapshot))
         if last or now - self._last_write >= LOG_SECONDS:

@@ -343,6 +343,7 @@ class Worker:
             dtype=video.dtype,
             batch=handover.batch,
             context=video.context,
+            threads=settings.model.threads or 0,
             gpu=self._gpu,
             node=socket.gethostname(),
             replica=self.name,

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from vidgen import family, manifest
-from vidgen.config import JobConfig, loras, model_options, to_dict
+from vidgen.config import JobConfig, to_dict
 from vidgen.errors import ConfigError, UserError
-from vidgen.fleet import cluster, formation
+from vidgen.fleet import cluster, exporter, formation
 from vidgen.fleet.dispatch import Rules
 from vidgen.fleet.driver import Driver, Interrupt, Limits, Outcome, finished_code
 from vidgen.fleet.formation import Formation
 from vidgen.fleet.formation import cpu_replicas as cpu_replicas
+from vidgen.fleet.metrics import Meter
+from vidgen.fleet.observer import Observer
 from vidgen.fleet.opening import Run, deadline_of, prepare
 from vidgen.fleet.progress import Progress
 from vidgen.fleet.replica import Settings
@@ -28,7 +30,6 @@ from vidgen.plan import model
 from vidgen.plan.cost import device_problem
 from vidgen.store import epochs, state
 from vidgen.store.objects import Objects
-from vidgen.types import ModelSettings
 
 GPU_BATCH_TOKENS = 16_384
 """Batching pays below about this many tokens a forward."""
@@ -46,13 +47,14 @@ class Options:
     address: str | None = None
     takeover: bool = False
     quiet: bool = False
+    json_log: bool = False
 
 
 def generate(source: str, overrides: Sequence[str], options: Options) -> tuple[Run, Outcome]:
     """Runs or resumes a job until every item is terminal, or it must stop. Raises UserError (exit 2), Held (75)."""
-    progress = Progress(Objects("memory://"), quiet=options.quiet)
+    progress = Progress(Objects("memory://"), quiet=options.quiet, json=options.json_log)
     run = prepare(source, overrides, progress.say)
-    progress.objects = run.objects
+    progress.objects, progress.run = run.objects, run.config.name
     lease = epochs.acquire(run.objects, lease=run.config.run.lease, takeover=options.takeover)
     held = state.load(run.objects, run.items, compact=True)
     try:
@@ -91,6 +93,8 @@ def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress,
         fleet = cluster.RayFleet(settings, replicas, run.config.run.hang_seconds)
         driver = Driver(run.config.name, run.objects, run.plans, held, lease, fleet, progress)
         driver.interrupt = interrupt
+        meter = Meter(exporter.RaySink(run.config.name, run.objects.url))
+        driver.observer = Observer(progress, meter, run.config.run.price_per_gpu_hour)
         try:
             return driver.run(_rules(run, settings, replicas), replicas.names, _limits(run.config))
         finally:
@@ -140,24 +144,7 @@ def _settings(run: Run, lease: epochs.Lease, device: str, threads: int | None) -
         output=objects.root if objects.local else objects.url,
         single_writer=config.run.single_writer,
         probe=(probe, token),
-        model=ModelSettings(
-            checkpoint=plan.checkpoint,
-            family=plan.family,
-            task=plan.task,
-            revision=plan.resolved["model"]["revision"],
-            loras=loras(config),
-            pipeline=config.model.pipeline,
-            options=model_options(config),
-            dtype=config.model.dtype,
-            device=device,
-            offload=config.engine.offload,
-            quantization=config.engine.quantization,
-            compile=str(config.engine.compile),
-            attention=config.engine.attention,
-            threads=threads,
-            cache_dir=config.model.cache_dir,
-            expected_hash=plan.checkpoint_hash or None,
-        ),
+        model=model.settings(config, plan, device, threads),
         format=config.output.format,
         codec=plan.resolved["output"]["codec"],
         crf=config.output.crf,

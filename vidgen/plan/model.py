@@ -1,4 +1,5 @@
-"""Which family makes the videos, from which checkpoint: configuration keys to a Spec, its sizes and a hash.
+"""Which family makes the videos, from which checkpoint: configuration keys to a Spec, its sizes and a hash, and to
+what an engine loads.
 
 Reads configs only, never weights. Refuses to know rows.
 """
@@ -16,6 +17,7 @@ from vidgen.checkpoint.folder import CheckpointFolder, open_checkpoint
 from vidgen.config import JobConfig, loras, model_options
 from vidgen.errors import ConfigError, UserError
 from vidgen.family import Spec
+from vidgen.types import ModelSettings, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,28 @@ def resolve(config: JobConfig) -> Model:
         codec=_codec(config),
         folder=folder,
         loras=folder.adapter_digests() if folder else (),
+    )
+
+
+def settings(config: JobConfig, plan: Plan, device: str, threads: int | None) -> ModelSettings:
+    """What to load for the items of a frozen plan; `config` is the frozen one, or what a resume made of it."""
+    return ModelSettings(
+        checkpoint=plan.checkpoint,
+        family=plan.family,
+        task=plan.task,
+        revision=plan.resolved["model"]["revision"],
+        loras=loras(config),
+        pipeline=config.model.pipeline,
+        options=model_options(config),
+        dtype=config.model.dtype,
+        device=device,
+        offload=config.engine.offload,
+        quantization=config.engine.quantization,
+        compile=str(config.engine.compile),
+        attention=config.engine.attention,
+        threads=threads,
+        cache_dir=config.model.cache_dir,
+        expected_hash=plan.checkpoint_hash or None,
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +25,7 @@ from vidgen.store import state as states
 from vidgen.store.objects import Objects
 
 FRESH_SECONDS = 3 * epochs.BEAT_SECONDS
+NONE_YET, RUNNING, STOPPED, DIED = "none yet", "running", "stopped", "died"
 
 
 @dataclass(slots=True)
@@ -38,7 +40,9 @@ class Failures:
 
 @dataclass(slots=True)
 class Status:
-    """`driver`: running, stopped, died, or none yet. `rate` is items an hour and `eta` seconds, while it runs."""
+    """`driver`: running, stopped, died, or none yet. While it runs: `rate` is items an hour, `eta` seconds, `replicas`
+    how many are in which state. `cost` is in the currency of run.price_per_gpu_hour, `metrics` what the last driver
+    counted, by the names of `vidgen.fleet.metrics`."""
 
     output: str
     name: str
@@ -56,6 +60,9 @@ class Status:
     rate: float | None = None
     eta: float | None = None
     gpu_hours: float = 0.0
+    cost: float | None = None
+    replicas: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     failures: list[Failures] = field(default_factory=list)
 
 
@@ -66,8 +73,8 @@ def read(output: str) -> Status:
     state = states.load(objects, total_items(plans))
     counts = state.counts()
     epoch = epochs.current(objects)
-    beat = epochs.read_beat(objects, epoch) if epoch is not None else {}
-    driver = _driver(epoch, beat)
+    beat = last_sign(objects, epoch)
+    driver = driver_of(epoch, beat)
     found = Status(
         output=output,
         name=str(plans[-1].config.get("name", "")),
@@ -84,9 +91,11 @@ def read(output: str) -> Status:
         quarantined=counts["quarantined"],
         pending=counts["pending"],
     )
-    if driver == "running":
-        shown = _progress(objects)
-        found.rate, found.eta = shown.get("rate"), shown.get("eta")
+    shown = progress_of(objects)
+    found.cost, found.metrics = shown.get("cost"), shown.get("metrics", {})
+    if driver == RUNNING:
+        for name, value in live(shown).items():
+            setattr(found, name, value)
     if counts["failed"] or counts["quarantined"]:
         found.failures = _failures(manifest.rows(objects, plans, state))
     return found
@@ -94,39 +103,77 @@ def read(output: str) -> Status:
 
 def show(found: Status, console: Console) -> None:
     """The status as a person reads it."""
+    console.print(render(found), highlight=False, soft_wrap=True)
+
+
+def render(found: Status) -> Group:
+    """The same, to be drawn by whoever redraws it."""
     state = "finished" if found.finished else f"driver {found.driver}"
     model = f"{found.family}, {found.checkpoint}" if found.checkpoint else found.family
-    name, model = escape(printable(found.name)), escape(printable(model))
-    console.print(f"[bold]{name}[/bold]  {model}  ({state})", highlight=False)
+    head = Text.assemble((printable(found.name), "bold"), f"  {printable(model)}  ({state})")
     parts = [f"{found.done}/{found.total} done"]
     parts += [f"{getattr(found, n)} {n}" for n in ("pending", "failed", "quarantined", "rejected") if getattr(found, n)]
     if found.rate:
         parts.append(f"{found.rate:,.0f} items/h")
     if found.eta is not None:
         parts.append(f"{duration(found.eta)} left")
-    console.print("  " + ", ".join(parts) + f", {found.gpu_hours:g} replica-hours", highlight=False)
+    parts.append(f"{found.gpu_hours:g} replica-hours")
+    if found.cost is not None:
+        parts.append(f"cost {found.cost:,.2f}")
+    lines: list[Text | Table] = [head, Text("  " + ", ".join(parts))]
+    if found.replicas:
+        states = ", ".join(f"{count} {stage}" for stage, count in found.replicas.items())
+        lines.append(Text(f"  replicas: {states}"))
     if found.failures:
         table = Table("items", "failure", "example", title="failures", title_justify="left")
         for row in found.failures:
             table.add_row(str(row.count), Text(printable(row.error[:200])), row.example)
-        console.print(table)
-        console.print(f"  vidgen retry {found.output}", markup=False, highlight=False, soft_wrap=True)
-    elif found.pending and found.driver != "running":
-        console.print(f"  vidgen generate {found.output}", markup=False, highlight=False, soft_wrap=True)
+        lines += [table, Text(f"  vidgen retry {found.output}")]
+    elif found.pending and found.driver != RUNNING:
+        lines.append(Text(f"  vidgen generate {found.output}"))
+    return Group(*lines)
 
 
-def _driver(epoch: int | None, beat: dict[str, object]) -> str:
+def live(shown: Mapping[str, Any]) -> dict[str, Any]:
+    """What progress.json says of a run that is driven now, as fields of a Status."""
+    stages = Counter(str(replica["stage"]) for replica in shown.get("replicas", ()))
+    return {
+        "rate": shown.get("rate"),
+        "eta": shown.get("eta"),
+        "gpu_hours": round(float(shown.get("gpu_seconds", 0.0)) / 3600, 4),
+        "cost": shown.get("cost"),
+        "replicas": dict(stages.most_common()),
+        "metrics": shown.get("metrics", {}),
+    }
+
+
+def last_sign(objects: Objects, epoch: int | None) -> dict[str, Any]:
+    """The last beat of an epoch; before the first, when it began; {} without an epoch."""
     if epoch is None:
-        return "none yet"
-    if beat.get("released"):
-        return "stopped"
-    at = beat.get("at", 0.0)
-    return "running" if isinstance(at, float) and time.time() - at < FRESH_SECONDS else "died"
-
-
-def _progress(objects: Objects) -> dict[str, float | None]:
+        return {}
+    beat = epochs.read_beat(objects, epoch)
+    if beat:
+        return beat
     try:
-        shown: dict[str, float | None] = json.loads(objects.read("progress.json"))
+        return {"at": json.loads(objects.read(f"epochs/{epoch}.json"))["started_at"]}
+    except (FileNotFoundError, ValueError, KeyError):
+        return {}
+
+
+def driver_of(epoch: int | None, beat: Mapping[str, Any]) -> str:
+    """How the driver of the highest epoch is, by its last beat."""
+    if epoch is None:
+        return NONE_YET
+    if beat.get("released"):
+        return STOPPED
+    at = beat.get("at", 0.0)
+    return RUNNING if isinstance(at, float) and time.time() - at < FRESH_SECONDS else DIED
+
+
+def progress_of(objects: Objects) -> dict[str, Any]:
+    """progress.json; {} if there is none."""
+    try:
+        shown: dict[str, Any] = json.loads(objects.read("progress.json"))
         return shown
     except (FileNotFoundError, ValueError):
         return {}

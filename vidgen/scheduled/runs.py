@@ -19,6 +19,7 @@ from vidgen.family import spec as family_spec
 from vidgen.plan.earlier import SCHEDULED
 from vidgen.plan.files import part_table, read_plan
 from vidgen.plan.frozen import FREE, FROZEN, INEXACT_ATTENTION
+from vidgen.report.why import Place
 from vidgen.store import epochs
 from vidgen.store import state as states
 from vidgen.store.objects import Objects
@@ -93,6 +94,14 @@ def read_runs(root: Objects, known: Sequence[ScheduledRun] = (), at_least: int =
                         raise PlanError(f"{where}/plan/0/PLAN.json is gone: without it its rows would be made again")
                     return found
                 found.append(run)
+
+
+def places(output: str) -> list[Place]:
+    """Where a question about an item is asked: a run itself, or every run below a scheduled output, newest first.
+    PlanError if there is neither."""
+    root = Objects(output)
+    found = [] if root.exists("plan/0/PLAN.json") else read_runs(root)
+    return [Place(run.objects, run.number) for run in reversed(found)] or [Place(root)]
 
 
 def unfinished(runs: Sequence[ScheduledRun]) -> list[ScheduledRun]:
