@@ -24,6 +24,7 @@ def licence(checkpoint: Checkpoint) -> str:
     """The `license` of the metadata of the model card in the checkpoint's folder (with `license_name` where that is
     "other"); `NOT_STATED` where the folder cannot be reached, is another one by now, has no card, or its card does not
     say."""
+    import yaml
     from huggingface_hub import ModelCard
 
     if not checkpoint.name:
@@ -33,7 +34,7 @@ def licence(checkpoint: Checkpoint) -> str:
         if CARD not in folder.sizes or folder.hash() != checkpoint.hash:
             return NOT_STATED
         card = ModelCard(folder.read(CARD).decode("utf-8", "replace"), ignore_metadata_errors=True)
-    except (CheckpointError, InfrastructureError, OSError, ValueError):
+    except (CheckpointError, InfrastructureError, OSError, ValueError, yaml.YAMLError):
         return NOT_STATED
     said = card.data.get("license")
     if isinstance(said, list):
