@@ -59,8 +59,8 @@ def test_parquet_holds_the_bytes_and_any_reader_finds_them(packed: Pack, finishe
         assert row["day"] == datetime.date.fromisoformat(rows[key]["day"])
     found = duckdb.sql(
         f"select count(*), bool_and(sha256(video.bytes) = sha256) from '{place}/data/*.parquet' where topic = 'sky'"
-    ).fetchone()
-    assert found == (sum(row["topic"] == "sky" for row in rows.values()), True)
+    ).fetchall()
+    assert found == [(sum(row["topic"] == "sky" for row in rows.values()), True)]
     group = pq.ParquetFile(next(place.glob("data/*.parquet"))).metadata.row_group(0)
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
     assert columns["video.bytes"].compression == "UNCOMPRESSED" and columns["prompt"].compression == "ZSTD"

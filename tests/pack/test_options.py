@@ -55,7 +55,7 @@ def test_a_row_stays_in_its_split_and_splits_have_their_shares() -> None:
     found = Counter(split_of(f"row {i}") for i in range(20_000))
     # Three standard deviations of a binomial share of 0.1 among 20,000 are 0.0064.
     assert abs(found["train"] / 20_000 - 0.8) < 0.01 and abs(found["test"] / 20_000 - 0.1) < 0.0064
-    assert [split_of(f"row {i}") for i in range(6)] == ["train", "validation", "train", "train", "train", "train"]
+    assert [split_of(f"row {i}") for i in range(4, 9)] == ["test", "train", "train", "validation", "test"]
     shared = options("hf", split="a=1/3,b=1/3,c=1/3")
     assert shared.splits[0][1] == Fraction(1, 3) and shared.as_json()["split"] == "a=1/3,b=1/3,c=1/3"
 
