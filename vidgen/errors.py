@@ -1,4 +1,5 @@
-"""What can go wrong, by who must act: the user (config, plan), or the driver (item, capacity, replica, infrastructure).
+"""What can go wrong, by who must act: the user (config, plan, damage), or the driver (item, capacity, replica,
+infrastructure).
 
 Refuses to know how an error is shown or counted; `vidgen.fleet.judgement` decides retries, `vidgen.cli` exit codes.
 """
@@ -28,6 +29,10 @@ class PlanError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is incomplete, of another architecture, or uses an option we do not support. Names it."""
+
+
+class DamagedError(RuntimeError):
+    """An output is not what its own manifest says. Names the item, and the command that mends it. Exit code 1."""
 
 
 class GenerationError(RuntimeError):

@@ -1,8 +1,8 @@
 """The `vidgen` command: parse, call, print, exit code. Decides nothing that a library user would miss.
 
-Exit codes: 0 every item done; 1 verify failed; 2 usage, configuration or plan error; 3 finished, some items failed;
-4 circuit breaker; 5 budget or deadline; 75 another driver holds the run; 130 interrupted, resumable. A file here is a
-group of commands.
+Exit codes: 0 every item done; 1 verify failed, or a video is damaged; 2 usage, configuration or plan error; 3 finished,
+some items failed; 4 circuit breaker; 5 budget or deadline; 75 another driver holds the run; 130 interrupted, resumable.
+A file here is a group of commands.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from vidgen import VERSION
-from vidgen.cli import keeping, looking, making, models
-from vidgen.cli.command import HELD, INTERRUPTED, RESUMABLE, USAGE, Commands, print_json
-from vidgen.errors import InfrastructureError, UserError
+from vidgen.cli import keeping, looking, making, models, packing
+from vidgen.cli.command import FAILED, HELD, INTERRUPTED, RESUMABLE, USAGE, Commands, print_json
+from vidgen.errors import DamagedError, InfrastructureError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(options.run(options))
     except UserError as error:
         code = _error(options, error, USAGE)
+    except DamagedError as error:
+        code = _error(options, error, FAILED)
     except InfrastructureError as error:
         code = _error(options, error, RESUMABLE)
     except Held as error:
@@ -58,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("vidgen", description="Batch video generation at dataset scale.")
     parser.add_argument("--version", action="version", version=f"vidgen {VERSION}")
     commands = Commands(parser)
-    for group in (making, looking, keeping, models):
+    for group in (making, looking, keeping, packing, models):
         group.add(commands)
     return parser
 

@@ -90,7 +90,7 @@ def pack(
     shards whose rows have not changed are kept, the others made anew or removed.
 
     UserError before anything is written: nothing to pack, unsafe or equal names, another pack in `dest`, or other
-    files. reading.Damaged names the item whose video is not as the manifest has it; what was finished stays.
+    files. DamagedError names the item whose video is not as the manifest has it; what was finished stays.
     """
     objects = Objects(dest)
     _apart(source.objects, objects)

@@ -57,7 +57,7 @@ class Press:
     is_split: bool
 
     def write(self, format: str, shard: Shard) -> list[File]:
-        """Writes the objects of a shard, over what may be there. reading.Damaged names a video that is not as the
+        """Writes the objects of a shard, over what may be there. DamagedError names a video that is not as the
         manifest has it."""
         return _WRITERS[format](self, shard)
 

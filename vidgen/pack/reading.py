@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from vidgen.errors import DamagedError
 from vidgen.pack.source import Source
 
 READERS = 8
@@ -20,19 +21,15 @@ T = TypeVar("T")
 Row = Mapping[str, Any]
 
 
-class Damaged(Exception):
-    """A video is gone, or is not the one that the manifest names. The message names its item and the way out."""
-
-
 def read(source: Source, row: Row) -> bytes:
-    """The bytes of a row's video; Damaged if they are not those of the manifest."""
+    """The bytes of a row's video; DamagedError if they are not those of the manifest."""
     what = f"item {row['item_id']} (row {row['row_id']!r}, sample {row['sample']}): {row['video']}"
     try:
         data = source.objects.read(row["video"])
     except FileNotFoundError:
-        raise Damaged(f"{what} is not there; {source.missing}") from None
+        raise DamagedError(f"{what} is not there; {source.missing}") from None
     if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        raise Damaged(f"{what} is not the video of the manifest (sha256 differs); {source.missing}")
+        raise DamagedError(f"{what} is not the video of the manifest (sha256 differs); {source.missing}")
     return data
 
 
