@@ -76,6 +76,11 @@ def test_a_licence_is_what_the_checkpoints_own_card_says(card: str, said: str, t
     assert licence(checkpoint_with(tmp_path / "model", card)) == said
 
 
+def test_a_checkpoint_without_metadata_is_no_reason_to_complain(caplog: pytest.LogCaptureFixture) -> None:
+    demo = open_checkpoint("demo")
+    assert licence(Checkpoint("demo", None, demo.hash())) == NOT_STATED and not caplog.records
+
+
 def test_another_checkpoint_in_the_same_place_says_nothing_about_ours(tmp_path: Path) -> None:
     ours = checkpoint_with(tmp_path / "model", "---\nlicense: mit\n---\n")
     assert licence(Checkpoint(ours.name, None, "0" * 64)) == NOT_STATED

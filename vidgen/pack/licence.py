@@ -33,7 +33,10 @@ def licence(checkpoint: Checkpoint) -> str:
         folder = open_checkpoint(checkpoint.name, checkpoint.commit)
         if CARD not in folder.sizes or folder.hash() != checkpoint.hash:
             return NOT_STATED
-        card = ModelCard(folder.read(CARD).decode("utf-8", "replace"), ignore_metadata_errors=True)
+        text = folder.read(CARD).decode("utf-8", "replace")
+        if not text.startswith("---"):  # no metadata, of which the library would complain
+            return NOT_STATED
+        card = ModelCard(text, ignore_metadata_errors=True)
     except (CheckpointError, InfrastructureError, OSError, ValueError, yaml.YAMLError):
         return NOT_STATED
     said = card.data.get("license")
