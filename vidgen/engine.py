@@ -194,7 +194,8 @@ def _native(
     if gang is not None and gang.size == 1:
         gang = None
     device = device_named(settings.device) if gang is None or settings.device != "auto" else gang.device
-    loaded = pipeline.load(folder, params, task=settings.task, dtype=settings.dtype, device=device)
+    first = gang is None or gang.first  # who alone reads texts and pictures
+    loaded = pipeline.load(folder, params, task=settings.task, dtype=settings.dtype, device=device, first=first)
     return Loop(loaded, lambda request: spec.batch_key(request, params), ALONE if gang is None else gang)
 
 

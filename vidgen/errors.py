@@ -57,5 +57,10 @@ class InfrastructureError(GenerationError):
     error_class = "infrastructure"
 
 
+class GangError(InfrastructureError):
+    """The ranks of a gang did not meet, or one of them no longer answers: the gang is of no use, and the item is tried
+    again. Trouble of a store that rank 0 meets is none of these: all ranks hear of it and go on together."""
+
+
 class Cancelled(Exception):
     """Generation was asked to stop between two steps."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidgen.errors import InfrastructureError
+from vidgen.errors import GangError
 from vidgen.fleet.gang import Entry, Seat
 from vidgen.models.testcard import backend
 from vidgen.types import Hooks, ModelSettings, Request, Video
@@ -134,7 +134,7 @@ class Crossed(Cards):
         if gang.first and not Path(self.marker).exists():
             Path(self.marker).touch()
             gang.agree(lambda: "the token of another gang")
-            raise InfrastructureError("this was another gang's rank 0")
+            raise GangError("this was another gang's rank 0")
         return gang
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.fleet.inline import config_for, settings_for, write_prompts
-from vidgen.errors import Cancelled, CapacityError, InfrastructureError, ItemError
+from vidgen.errors import Cancelled, CapacityError, GangError, InfrastructureError, ItemError
 from vidgen.fleet import events as ev
 from vidgen.fleet import gang as gangs
 from vidgen.fleet.gang import Ending, Entry, Member, Seat, Watch, ending, enter, in_step
@@ -132,7 +132,7 @@ def member(engine: Engine) -> Member:
 def test_a_member_that_meets_strangers_leaves_and_says_so() -> None:
     ours, theirs = Said("ours"), Said("theirs")
     assert enter(Meets(ours), SEAT, "cpu") is ours
-    with pytest.raises(InfrastructureError, match="met another gang"):
+    with pytest.raises(GangError, match="met another gang"):
         enter(Meets(theirs), SEAT, "cpu")
     assert theirs.closed and not ours.closed
 
@@ -146,6 +146,8 @@ def test_a_member_that_meets_strangers_leaves_and_says_so() -> None:
         (ItemError("black"), "item"),
         (CapacityError("memory"), "capacity"),
         (InfrastructureError("503"), "infrastructure"),
+        (OSError(28, "No space left on device"), "infrastructure"),
+        (GangError("a rank does not answer"), "broken"),
         (Cancelled(), "cancelled"),
         (RuntimeError("kernel"), "broken"),
     ],
@@ -176,7 +178,9 @@ def backend_request() -> Request:
         (ItemError("nan"), ["item", None], False),
         (Cancelled(), ["cancelled", "cancelled"], True),
         (CapacityError("rank 0 alone"), [None, None], False),
-        (InfrastructureError("a rank does not answer"), ["infrastructure", "infrastructure"], False),
+        (InfrastructureError("a picture's store does not answer"), ["infrastructure", "infrastructure"], True),
+        (InfrastructureError("rank 0 alone"), [None, None], False),
+        (GangError("a rank does not answer"), ["broken", "broken"], False),
         (RuntimeError("kernel"), ["broken", "broken"], False),
     ],
 )
@@ -255,6 +259,16 @@ def test_an_error_that_all_ranks_meet_alike_is_the_items_and_the_gang_goes_on(tm
     first.worker.close()
 
 
+def test_storage_trouble_that_rank_0_tells_the_others_keeps_the_gang_and_counts_nothing(tmp_path: Path) -> None:
+    trouble = InfrastructureError("s3://pictures cannot be reached")
+    first = First(tmp_path, Engine(trouble), Engine(trouble))
+    first.worker.submit(1, (first.works[0],))
+    first.worker.submit(2, (first.works[1],))
+    happened, broken = first.events()
+    assert happened == ["failed infrastructure", "BatchGenerated"] * 2 and not broken
+    first.worker.close()
+
+
 def test_an_error_of_rank_0_alone_is_the_items_and_ends_the_gang(tmp_path: Path) -> None:
     """What was prefetched goes back first: when the gang is lost, nobody else is aboard."""
     stuck = threading.Event()
@@ -279,7 +293,7 @@ def test_an_error_of_another_rank_alone_is_the_items_and_ends_the_gang(tmp_path:
 def test_a_rank_that_does_not_answer_fails_no_item_but_ends_the_gang(tmp_path: Path) -> None:
     """Whoever looks after the gang sees who died, and judges: the batch stays aboard."""
     stuck = threading.Event()
-    first = First(tmp_path, Engine(InfrastructureError("a rank does not answer")), Engine(wait=stuck))
+    first = First(tmp_path, Engine(GangError("a rank does not answer")), Engine(wait=stuck))
     first.worker.submit(1, (first.works[0],))
     happened, broken = first.events()
     assert happened == [] and broken == "a rank does not answer"

@@ -206,9 +206,9 @@ class Apart(Cards):
     """Members that never meet."""
 
     def join(self, seat: Any, device: str) -> Any:
-        from vidgen.errors import InfrastructureError
+        from vidgen.errors import GangError
 
-        raise InfrastructureError("nobody came")
+        raise GangError("nobody came")
 
 
 @pytest.mark.slow

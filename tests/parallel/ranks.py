@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from vidgen import engine
 from vidgen.engine import Engine
-from vidgen.errors import ItemError
+from vidgen.errors import InfrastructureError, ItemError
 from vidgen.loop import Loop, State
 from vidgen.nn.attention import attention, joint_attention
 from vidgen.parallel import ALONE
@@ -139,6 +140,14 @@ def loop_of(checkpoint: str, task: str, gang: Gang | None) -> Loop:
     return loop
 
 
+def encoders(gang: Gang | None, checkpoint: str, task: str) -> set[str]:
+    """The networks of transformers that live anywhere in this process once it has loaded the checkpoint for the gang,
+    by their classes."""
+    loop_of(checkpoint, task, gang)
+    kinds = {type(found) for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)}
+    return {kind.__name__ for kind in kinds if kind.__module__.startswith("transformers.models.")}
+
+
 def first_layer(network: torch.nn.Module) -> torch.nn.Module:
     return next(
         layer for layer in network.modules() if isinstance(layer, torch.nn.Conv3d) or not list(layer.children())
@@ -196,9 +205,8 @@ def decoded(gang: Gang | None, checkpoint: str, task: str, request: Request) -> 
     hook = first_layer(pipeline.vae.decoder).register_forward_pre_hook(lambda module, args: ran.append(None))
     try:
         with torch.inference_mode():
-            start, *_ = Loop(pipeline, loop.batch_key)._begun(
-                [request], pipeline.schedule(request), Draws([request.seed]), Hooks()
-            )
+            begun, schedule = Loop(pipeline, loop.batch_key), pipeline.schedule(request)
+            start = loop.ranks.agree(lambda: begun._begun([request], schedule, Draws([request.seed]), Hooks())[0])
             chunks = pipeline.decode(start.latents, request, Draws([3]), loop.ranks)
             return [chunk.clone() for chunk in chunks], len(ran)
     finally:
@@ -266,6 +274,8 @@ def disturbed(gang: Gang | None, checkpoint: str, task: str, request: Request, h
         hooks.save = saved.append
     if how == "refused" and gang.first:
         hooks.resume = lambda requests: (_ for _ in ()).throw(ItemError("a picture that nobody can read"))
+    if how == "unreachable" and gang.first:
+        hooks.resume = lambda requests: (_ for _ in ()).throw(InfrastructureError("s3://states cannot be reached"))
     if how == "disk_full" and gang.first:
 
         def full(state: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from tests.models.case import Case, cases
 from tests.models.test_families import conditioning_media, tiled
 from tests.models.wan import tiny_checkpoint as wan
-from tests.parallel.ranks import ENGINES, Made, decoded, generated, inside, loop_of
+from tests.parallel.ranks import ENGINES, Made, decoded, encoders, generated, inside, loop_of
 from tests.parallel.workers import Workers
 from vidgen.parallel.layout import Layout
 from vidgen.types import Request
@@ -158,6 +158,27 @@ def test_a_batch_of_prompts_of_different_length_is_divided_too(
     name: str, workers: Workers, checkpoint: Checkpoint, alone: Any
 ) -> None:
     run(name, Layout(ring=2, ulysses=2), workers, checkpoint, alone, seeds=(7, 8))
+
+
+READERS = {
+    "wan/t2v": {"UMT5EncoderModel"},
+    "wan/i2v": {"UMT5EncoderModel", "CLIPVisionModel"},
+    "ltx/t2v-0.9.0": {"T5EncoderModel"},
+    "cogvideox/t2v-2b": {"T5EncoderModel"},
+    "hunyuan/i2v-token-replace": {"LlamaModel", "CLIPTextModel", "CLIPVisionModel"},
+    "mochi/t2v": {"T5EncoderModel"},
+    "allegro/t2v": {"T5EncoderModel"},
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_rank_0_alone_has_the_networks_that_read_texts_and_pictures(
+    name: str, workers: Workers, checkpoint: Checkpoint
+) -> None:
+    """In the whole process: what was let go again counts too, as long as anything holds it."""
+    first, *others = workers.run(Layout(ring=2, ulysses=2), encoders, str(checkpoint(name)), CASES[name].task)
+    assert first >= READERS[name], "and whatever earlier tests have loaded there"
+    assert others == [set()] * 3
 
 
 TILED = {

@@ -16,7 +16,7 @@ from tests.models.wan.tiny_checkpoint import CASES, TRANSFORMER, build
 from tests.parallel.ranks import ENGINES, disturbed, generated, loop_of, resumed, saved_states, sent_round
 from tests.parallel.workers import Workers, free_port
 from vidgen import engine
-from vidgen.errors import ConfigError, InfrastructureError
+from vidgen.errors import ConfigError, GangError
 from vidgen.loop import State
 from vidgen.parallel.gang import Gang, join
 from vidgen.parallel.layout import Layout
@@ -48,6 +48,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     [
         ("cancelled", "Cancelled: before step 2 of 4"),
         ("refused", "ItemError: a picture that nobody can read"),
+        ("unreachable", "InfrastructureError: s3://states cannot be reached"),
         ("disk_full", "OSError: [Errno 28] No space left on device"),
         ("not_finite", "ItemError: latents after step 1 of 4 are not finite"),
     ],
@@ -111,9 +112,9 @@ def test_a_value_that_cannot_be_sent_is_named() -> None:
 
 def test_ranks_that_do_not_come_are_a_trouble_of_the_infrastructure() -> None:
     begun = time.monotonic()
-    with pytest.raises(InfrastructureError, match="rank 0 of 2 did not meet"):
+    with pytest.raises(GangError, match="rank 0 of 2 did not meet"):
         join(0, Layout(ring=2), "127.0.0.1", free_port(), device="cpu", timeout=1)
-    with pytest.raises(InfrastructureError, match="rank 1 of 2 did not meet"):
+    with pytest.raises(GangError, match="rank 1 of 2 did not meet"):
         join(1, Layout(ring=2), "127.0.0.1", free_port(), device="cpu", timeout=1)
     assert time.monotonic() - begun < 20, "and nobody waits for long"
 

@@ -21,7 +21,7 @@ from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, GetTi
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from vidgen.errors import ConfigError, InfrastructureError, UserError
+from vidgen.errors import ConfigError, GangError, UserError
 from vidgen.fleet.events import Event, ReplicaLost, ReplicaReady, Work
 from vidgen.fleet.formation import Formation, Node
 from vidgen.fleet.gang import BROKEN, Ending, Entry, Member, Seat, enter
@@ -288,7 +288,7 @@ class RayFleet:
         try:
             answer = ray.get(reference)
         except RayTaskError as error:
-            if isinstance(error.cause, InfrastructureError) and self._meet_again(name):
+            if isinstance(error.cause, GangError) and self._meet_again(name):
                 return
             refused = isinstance(error.cause, UserError)
             self._lose(name, "refused" if refused else "start", _cause(error), events)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vidgen.errors import Cancelled, GenerationError, InfrastructureError
+from vidgen.errors import Cancelled, GangError, GenerationError, InfrastructureError
 from vidgen.parallel.layout import Layout
 from vidgen.types import Hooks, ModelSettings, Request
 
@@ -27,7 +27,8 @@ IN_STEP_SECONDS = 20.0
 """How long after rank 0 ended a batch with an error the others may take to end it in the same way."""
 
 DONE, CANCELLED, BROKEN = "done", "cancelled", "broken"
-"""Ends of a batch beside the failure classes of `vidgen.errors`. Broken: an error that is none of ours."""
+"""Ends of a batch beside the failure classes of `vidgen.errors`. Broken: an error that is none of ours, or a rank that
+does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Entry:
             return found
 
     def join(self, seat: Seat, device: str) -> Gang:
-        """Meets the others; InfrastructureError if not all came, or the port is another's."""
+        """Meets the others; GangError if not all came, or the port is another's."""
         from vidgen.parallel.gang import join
 
         place = (seat.rank, seat.layout, seat.address, seat.port)
@@ -85,12 +86,12 @@ class Entry:
 
 
 def enter(entry: Entry, seat: Seat, device: str) -> Gang:
-    """A seat taken: the gang, once every member has shown that it is of this one. InfrastructureError otherwise."""
+    """A seat taken: the gang, once every member has shown that it is of this one. GangError otherwise."""
     gang = entry.join(seat, device)
     found = gang.agree(lambda: seat.token)
     if found != seat.token:
         gang.close()
-        raise InfrastructureError(f"rank {seat.rank} met another gang at {seat.address}:{seat.port}")
+        raise GangError(f"rank {seat.rank} met another gang at {seat.address}:{seat.port}")
     return gang
 
 
@@ -125,18 +126,22 @@ class Member:
 
 
 def ending(error: BaseException) -> str:
-    """What an error ends a batch as."""
+    """What an error ends a batch as. Trouble with a file or a connection is rank 0's reading of media or saving of a
+    state, of which all ranks hear; between ranks it is a GangError."""
     if isinstance(error, Cancelled):
         return CANCELLED
+    if isinstance(error, GangError):
+        return BROKEN
+    if isinstance(error, OSError):
+        return InfrastructureError.error_class
     return error.error_class if isinstance(error, GenerationError) else BROKEN
 
 
 def in_step(peers: Peers, error: BaseException) -> bool:
     """Whether the gang can go on after rank 0 ended a batch with `error`: every other member ended it in the same way.
-    Otherwise messages of this batch may still be on their way, and would be taken for the next one's. After storage
-    trouble it cannot: a collective that failed is told in the same words."""
+    Otherwise messages of this batch may still be on their way, and would be taken for the next one's."""
     how = ending(error)
-    if how in (BROKEN, InfrastructureError.error_class):
+    if how == BROKEN:
         return False
     return all(other is not None and other.how == how for other in peers.endings(IN_STEP_SECONDS))
 

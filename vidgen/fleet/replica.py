@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen import VERSION, family, media
-from vidgen.errors import Cancelled, ConfigError, GenerationError, InfrastructureError, ItemError
+from vidgen.errors import Cancelled, ConfigError, GangError, GenerationError, InfrastructureError, ItemError
 from vidgen.fleet import saving
 from vidgen.fleet.events import BatchGenerated, BatchReturned, Event, ItemDone, ItemFailed, Noted, Work
 from vidgen.fleet.gang import BROKEN, Entry, Peers, Watch, in_step
@@ -238,7 +238,7 @@ class Worker:
             self._keeper.settle()
             if self._peers is not None and not in_step(self._peers, error):
                 self._break(describe(error))
-                if isinstance(error, InfrastructureError):
+                if isinstance(error, GangError):
                     return  # perhaps a member is dead: who looks after the gang knows, and judges the items
             if isinstance(error, Cancelled) and left:
                 self._events.put(BatchReturned(self.name, number, tuple(work.item.item_id for work in left)))
@@ -279,7 +279,7 @@ class Worker:
         bad = self._watch.failed() if self._watch is not None and self._stage != "idle" else None
         if bad is None or self._broken:
             return
-        if bad.how not in (BROKEN, InfrastructureError.error_class):
+        if bad.how != BROKEN:
             for work in self._left:
                 self._fail_as(work, bad.how, bad.error)
         self._break(bad.error)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from vidgen.errors import GenerationError, InfrastructureError
+from vidgen.errors import GangError, GenerationError
 from vidgen.parallel.context import IDENTITY, Arriving, ContextParallel
 from vidgen.parallel.layout import Layout, shares
 from vidgen.parallel.tree import put_together, take_apart
@@ -277,7 +277,7 @@ def join(rank: int, layout: Layout, address: str, port: int, *, device: str, tim
     """Takes a place in a gang; returns once all of `layout.size` ranks have. Rank 0 listens at `address` and `port`.
 
     Ranks on GPUs speak NCCL (small things that live on the CPU: gloo), ranks on the CPU gloo. `device` is cpu, cuda or
-    cuda:N. A process is in one gang at a time. InfrastructureError if they have not met within `timeout` seconds.
+    cuda:N. A process is in one gang at a time. GangError if they have not met within `timeout` seconds.
     """
     place = torch.device(device)
     if place.type == "cuda":
@@ -292,7 +292,7 @@ def join(rank: int, layout: Layout, address: str, port: int, *, device: str, tim
         store.set_timeout(PATIENCE)
         dist.init_process_group(backend, store=store, rank=rank, world_size=layout.size, timeout=PATIENCE)
     except (RuntimeError, OSError) as error:
-        raise InfrastructureError(
+        raise GangError(
             f"rank {rank} of {layout.size} did not meet the others at {address}:{port} within {timeout:g} s: {error}"
         ) from error
     context, ulysses = layout.context, layout.ulysses
@@ -323,7 +323,7 @@ def _peers() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise InfrastructureError(f"a rank of the gang does not answer: {error}") from error
+        raise GangError(f"a rank of the gang does not answer: {error}") from error
 
 
 def _portable(error: Exception) -> Exception:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,6 +43,17 @@ class Text:
         """The same in another dtype."""
         pooled = None if self.pooled is None else self.pooled.to(dtype)
         return Text(self.digest, self.embedding.to(dtype), self.tokens, pooled)
+
+
+class Encoder(Protocol):
+    def encode(self, prompt: Prompt) -> Text:
+        """The prompt's embeddings, in the encoder's dtype."""
+
+
+def encoded(encoder: Encoder | None, prompts: Sequence[Prompt], dtype: torch.dtype) -> list[Text]:
+    """Each prompt's embeddings in this dtype. None stands for the encoder on the ranks of a gang that have none."""
+    assert encoder is not None, "rank 0 of a gang alone encodes text"
+    return [encoder.encode(prompt).to(dtype) for prompt in prompts]
 
 
 def padded(text: Text, length: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ from vidgen.sampling.ancestral import euler, euler_ancestral, input_scale, sigma
 from vidgen.sampling.diffusion import alpha_bars, betas
 from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
 from vidgen.specs.limits import check_task
-from vidgen.text.prompt import Prompt, Text, padded
+from vidgen.text.prompt import Prompt, Text, encoded, padded
 from vidgen.text.t5 import TextEncoder, load_text_encoder
 from vidgen.types import Request
 
@@ -40,7 +40,7 @@ class AllegroPipeline:
     params: Params
     transformer: AllegroTransformer3DModel
     vae: AllegroVAE
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     dtypes: Mapping[str, torch.dtype]
     device: torch.device
 
@@ -54,7 +54,7 @@ class AllegroPipeline:
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Each prompt's embeddings, in the dtype of the transformer."""
-        return [self.text_encoder.encode(prompt).to(self.dtypes["transformer"]) for prompt in prompts]
+        return encoded(self.text_encoder, prompts, self.dtypes["transformer"])
 
     def schedule(self, request: Request) -> Schedule:
         """Levels of the checkpoint's noise schedule at its spacing, or at the request's timesteps."""
@@ -113,11 +113,12 @@ class AllegroPipeline:
 
 
 def load(
-    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device
+    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device, first: bool = True
 ) -> AllegroPipeline:
     """The networks of a local checkpoint. `dtype` null runs each in the dtype it was published in; a named one is that
     of all, but for the transformer's timestep embedding and modulation tables, and for an autoencoder with
-    `force_upcast`, which stay fp32. float16 is refused: T5 v1.1 xxl overflows in it."""
+    `force_upcast`, which stay fp32. float16 is refused: T5 v1.1 xxl overflows in it. Not `first`, a rank of a gang
+    beside rank 0: without the text encoder."""
     check_task(task, spec.TASKS, "allegro")
     components = ("transformer", "vae", "text_encoder")
     dtypes = {name: dtype_named(dtype) if dtype else published_dtype(folder, name) for name in components}
@@ -133,7 +134,9 @@ def load(
     keep = AllegroTransformer3DModel.KEEP_FP32
     load_weights(transformer, folder, "transformer", dtype=dtypes["transformer"], device=device, keep_fp32=keep)
     load_weights(vae, folder, "vae", dtype=dtypes["vae"], device=device)
-    encoder = load_text_encoder(
-        folder, max_tokens=params.text_tokens, dtype=dtypes["text_encoder"], device=device, clean=None
-    )
+    encoder = None
+    if first:
+        encoder = load_text_encoder(
+            folder, max_tokens=params.text_tokens, dtype=dtypes["text_encoder"], device=device, clean=None
+        )
     return AllegroPipeline(params, transformer, vae, encoder, dtypes, device)

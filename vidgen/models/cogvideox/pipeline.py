@@ -23,7 +23,7 @@ from vidgen.models.cogvideox.vae import CogVideoXVAE
 from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.diffusion import add_noise, alpha_bars, betas, cogvideox_dpm, ddim, diffusion_schedule
 from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
-from vidgen.text.prompt import Prompt, Text
+from vidgen.text.prompt import Prompt, Text, encoded
 from vidgen.text.t5 import TextEncoder, load_text_encoder
 from vidgen.types import Request
 
@@ -47,7 +47,7 @@ class CogVideoXPipeline:
     task: str
     transformer: CogVideoXTransformer3DModel
     vae: CogVideoXVAE
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     dtypes: Mapping[str, torch.dtype]
     device: torch.device
 
@@ -60,7 +60,7 @@ class CogVideoXPipeline:
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Each prompt's embeddings, padding included, in the dtype of the transformer."""
-        return [self.text_encoder.encode(prompt).to(self.dtypes["transformer"]) for prompt in prompts]
+        return encoded(self.text_encoder, prompts, self.dtypes["transformer"])
 
     def schedule(self, request: Request) -> Schedule:
         """Levels of the checkpoint's schedule; explicit timesteps replace its spacing, and `strength` leaves its last
@@ -157,21 +157,24 @@ def _pixels(media: Conditioning) -> Tensor | None:
 
 
 def load(
-    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device
+    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device, first: bool = True
 ) -> CogVideoXPipeline:
     """The networks of a local checkpoint. `dtype` null runs each in the dtype it was published in: fp16 for the 2B,
-    bf16 for the others; a named one is that of all three."""
+    bf16 for the others; a named one is that of all three. Not `first`, a rank of a gang beside rank 0: without the text
+    encoder."""
     dtypes = {name: dtype_named(dtype) if dtype else published_dtype(folder, name) for name in WITH_WEIGHTS}
     with torch.device("meta"):
         transformer, vae = CogVideoXTransformer3DModel(params.transformer), CogVideoXVAE(params.vae)
     load_weights(transformer, folder, "transformer", dtype=dtypes["transformer"], device=device)
     load_weights(vae, folder, "vae", dtype=dtypes["vae"], device=device)
-    encoder = load_text_encoder(
-        folder,
-        max_tokens=params.text_tokens,
-        dtype=dtypes["text_encoder"],
-        device=device,
-        padding="attended",
-        clean=None,
-    )
+    encoder = None
+    if first:
+        encoder = load_text_encoder(
+            folder,
+            max_tokens=params.text_tokens,
+            dtype=dtypes["text_encoder"],
+            device=device,
+            padding="attended",
+            clean=None,
+        )
     return CogVideoXPipeline(params, task, transformer, vae, encoder, dtypes, device)

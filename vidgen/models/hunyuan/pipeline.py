@@ -24,7 +24,7 @@ from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.flow import euler, euler_schedule
 from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
 from vidgen.text.llama_clip import LlamaClipEncoder, PicturePrompt, load_llama_clip
-from vidgen.text.prompt import Prompt, Text
+from vidgen.text.prompt import Prompt, Text, encoded
 from vidgen.types import Request
 
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
@@ -50,7 +50,7 @@ class HunyuanPipeline:
     params: Params
     transformer: HunyuanVideoTransformer3DModel
     vae: HunyuanVAE
-    text_encoder: LlamaClipEncoder
+    text_encoder: LlamaClipEncoder | None
     dtypes: Mapping[str, torch.dtype]
     device: torch.device
 
@@ -72,7 +72,7 @@ class HunyuanPipeline:
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Each prompt's embeddings, in the dtype of the transformer."""
-        return [self.text_encoder.encode(prompt).to(self.dtypes["transformer"]) for prompt in prompts]
+        return encoded(self.text_encoder, prompts, self.dtypes["transformer"])
 
     def schedule(self, request: Request) -> Schedule:
         """Noise levels: evenly from 1 to 1 / S, shifted; explicit sigmas or timesteps replace the spacing, an explicit
@@ -174,11 +174,11 @@ class HunyuanPipeline:
 
 
 def load(
-    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device
+    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device, first: bool = True
 ) -> HunyuanPipeline:
     """The networks of a local checkpoint. `dtype` null runs each in the dtype it was published in; a named one is that
     of all four. float16 is refused for the transformer: it was trained and published in bfloat16, whose range it needs.
-    """
+    Not `first`, a rank of a gang beside rank 0: without the encoders of texts and pictures."""
     dtypes = {name: dtype_named(dtype) if dtype else published_dtype(folder, name) for name in WITH_WEIGHTS}
     if dtypes["transformer"] not in (torch.float32, torch.bfloat16):
         raise CheckpointError(
@@ -189,5 +189,5 @@ def load(
         transformer, vae = HunyuanVideoTransformer3DModel(params.transformer), HunyuanVAE(params.vae)
     load_weights(transformer, folder, "transformer", dtype=dtypes["transformer"], device=device)
     load_weights(vae, folder, "vae", dtype=dtypes["vae"], device=device)
-    encoder = load_llama_clip(folder, max_tokens=TEXT_TOKENS, dtypes=dtypes, device=device)
+    encoder = load_llama_clip(folder, max_tokens=TEXT_TOKENS, dtypes=dtypes, device=device) if first else None
     return HunyuanPipeline(params, transformer, vae, encoder, dtypes, device)

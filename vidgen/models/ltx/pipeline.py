@@ -25,7 +25,7 @@ from vidgen.nn.rope import Rope
 from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.flow import dynamic_shift, euler, euler_schedule
 from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
-from vidgen.text.prompt import Prompt, Text
+from vidgen.text.prompt import Prompt, Text, encoded
 from vidgen.text.t5 import TextEncoder, load_text_encoder
 from vidgen.types import Request
 
@@ -61,7 +61,7 @@ class LTXPipeline:
     params: Params
     transformer: LTXVideoTransformer3DModel
     vae: LTXVAE
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     dtypes: Mapping[str, torch.dtype]
     device: torch.device
 
@@ -74,7 +74,7 @@ class LTXPipeline:
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Each prompt's embeddings, in the dtype of the transformer."""
-        return [self.text_encoder.encode(prompt).to(self.dtypes["transformer"]) for prompt in prompts]
+        return encoded(self.text_encoder, prompts, self.dtypes["transformer"])
 
     def schedule(self, request: Request) -> Schedule:
         """Noise levels: evenly spaced from 1 to 1 / S, or LTXConditionPipeline's own, or the request's; shifted by the
@@ -205,10 +205,11 @@ class LTXPipeline:
 
 
 def load(
-    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device
+    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device, first: bool = True
 ) -> LTXPipeline:
     """The networks of a local checkpoint. `dtype` null runs each in the dtype it was published in; a named one is that
-    of all three. float16 is refused: T5 v1.1 xxl overflows in it."""
+    of all three. float16 is refused: T5 v1.1 xxl overflows in it. Not `first`, a rank of a gang beside rank 0: without
+    the text encoder."""
     dtypes = {name: dtype_named(dtype) if dtype else published_dtype(folder, name) for name in WITH_WEIGHTS}
     for name, chosen in dtypes.items():
         if chosen not in (torch.float32, torch.bfloat16):
@@ -219,15 +220,17 @@ def load(
         transformer, vae = LTXVideoTransformer3DModel(params.transformer), LTXVAE(params.vae)
     load_weights(transformer, folder, "transformer", dtype=dtypes["transformer"], device=device)
     load_weights(vae, folder, "vae", dtype=dtypes["vae"], device=device, keep_fp32=LTXVAE.KEEP_FP32)
-    # LTXConditionPipeline masks the padding of a prompt; the other two let the encoder attend to it.
-    encoder = load_text_encoder(
-        folder,
-        max_tokens=params.max_tokens,
-        dtype=dtypes["text_encoder"],
-        device=device,
-        padding="none" if params.condition else "attended",
-        clean=None,
-    )
+    encoder = None
+    if first:
+        # LTXConditionPipeline masks the padding of a prompt; the other two let the encoder attend to it.
+        encoder = load_text_encoder(
+            folder,
+            max_tokens=params.max_tokens,
+            dtype=dtypes["text_encoder"],
+            device=device,
+            padding="none" if params.condition else "attended",
+            clean=None,
+        )
     return LTXPipeline(params, transformer, vae, encoder, dtypes, device)
 
 

@@ -25,7 +25,7 @@ from vidgen.models.mochi.vae import MochiVAE
 from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.flow import euler, euler_schedule
 from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
-from vidgen.text.prompt import Prompt, Text
+from vidgen.text.prompt import Prompt, Text, encoded
 from vidgen.text.t5 import TextEncoder, load_text_encoder
 from vidgen.types import Request
 
@@ -53,7 +53,7 @@ class MochiPipeline:
     params: Params
     transformer: MochiTransformer3DModel
     vae: MochiVAE
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     dtypes: Mapping[str, torch.dtype]
     device: torch.device
 
@@ -72,7 +72,7 @@ class MochiPipeline:
         return [
             Text(prompt.digest, nothing, 0)
             if self.params.zero_empty_prompt and prompt.text == ""
-            else self.text_encoder.encode(prompt).to(dtype)
+            else encoded(self.text_encoder, [prompt], dtype)[0]
             for prompt in prompts
         ]
 
@@ -131,10 +131,11 @@ class MochiPipeline:
 
 
 def load(
-    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device
+    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device, first: bool = True
 ) -> MochiPipeline:
     """The networks of a local checkpoint. `dtype` null runs each in the dtype it was published in; a named one is that
-    of all three, with `MochiTransformer3DModel.KEEP_FP32` in fp32. float16 is refused."""
+    of all three, with `MochiTransformer3DModel.KEEP_FP32` in fp32. float16 is refused. Not `first`, a rank of a gang
+    beside rank 0: without the text encoder."""
     dtypes = {name: dtype_named(dtype) if dtype else published_dtype(folder, name) for name in WITH_WEIGHTS}
     for name, chosen in dtypes.items():
         if chosen not in (torch.float32, torch.bfloat16):
@@ -146,7 +147,9 @@ def load(
     keep = MochiTransformer3DModel.KEEP_FP32
     load_weights(transformer, folder, "transformer", dtype=dtypes["transformer"], device=device, keep_fp32=keep)
     load_weights(vae, folder, "vae", dtype=dtypes["vae"], device=device)
-    encoder = load_text_encoder(
-        folder, max_tokens=params.text_tokens, dtype=dtypes["text_encoder"], device=device, clean=None
-    )
+    encoder = None
+    if first:
+        encoder = load_text_encoder(
+            folder, max_tokens=params.text_tokens, dtype=dtypes["text_encoder"], device=device, clean=None
+        )
     return MochiPipeline(params, transformer, vae, encoder, dtypes, device)

@@ -26,7 +26,7 @@ from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
 from vidgen.sampling.unipc import unipc, unipc_schedule
 from vidgen.specs.limits import check_task
 from vidgen.text.clip_vision import ImageEncoder, load_image_encoder
-from vidgen.text.prompt import Prompt, Text, padded
+from vidgen.text.prompt import Prompt, Text, encoded, padded
 from vidgen.text.t5 import TextEncoder, load_text_encoder
 from vidgen.types import Request
 
@@ -59,7 +59,7 @@ class WanPipeline:
     params: Params
     experts: Mapping[str, WanTransformer3DModel]
     vae: WanVAE
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     image_encoder: ImageEncoder | None
     dtypes: Mapping[str, torch.dtype]
     device: torch.device
@@ -81,7 +81,7 @@ class WanPipeline:
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Each prompt's embeddings, in the dtype of the transformer."""
-        return [self.text_encoder.encode(prompt).to(self.dtypes["transformer"]) for prompt in prompts]
+        return encoded(self.text_encoder, prompts, self.dtypes["transformer"])
 
     def schedule(self, request: Request) -> Schedule:
         """Noise levels of the request's sampler, for v2v from the level to which the video is noised. An explicit
@@ -182,7 +182,7 @@ class WanPipeline:
             known = dict(self._negative)
             for text in branch.texts:
                 if text.digest not in known:
-                    whole = padded(text, self.text_encoder.max_tokens)
+                    whole = padded(text, self.params.text_tokens)
                     known[text.digest] = self.experts[expert].text_context(whole)
             branch.made = (expert, Context.join([known[text.digest] for text in branch.texts]))
             if branch.negative and len(self.experts) == 1:
@@ -212,8 +212,9 @@ class WanPipeline:
 
     def _image_tokens(self, media: Sequence[Conditioning]) -> Context | None:
         """Keys and values of what the image encoder sees in each item's images, the same for both branches."""
-        if self.image_encoder is None:
+        if self.params.image is None:
             return None
+        assert self.image_encoder is not None, "rank 0 of a gang alone looks at pictures"
         seen = []
         for one in media:
             images = [_given(one.image)] + ([] if one.last_image is None else [one.last_image])
@@ -222,10 +223,11 @@ class WanPipeline:
 
 
 def load(
-    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device
+    folder: CheckpointFolder, params: Params, *, task: str, dtype: str | None, device: torch.device, first: bool = True
 ) -> WanPipeline:
     """The networks of a local checkpoint. `dtype` null runs each in the dtype it was published in; a named one is that
-    of all, with Wan's norms, time embedding and modulation tables and the VAE's encoder in fp32. float16 is refused."""
+    of all, with Wan's norms, time embedding and modulation tables and the VAE's encoder in fp32. float16 is refused.
+    Not `first`, a rank of a gang beside rank 0: without the encoders of texts and pictures."""
     check_task(task, tasks_of(params), "this checkpoint of wan")
     components = (*params.experts, "vae", "text_encoder", *(() if params.image is None else ("image_encoder",)))
     dtypes = {name: dtype_named(dtype) if dtype else published_dtype(folder, name) for name in components}
@@ -241,8 +243,11 @@ def load(
     for name, expert in experts.items():
         load_weights(expert, folder, name, dtype=dtypes[name], device=device, keep_fp32=keep)
     load_weights(vae, folder, "vae", dtype=dtypes["vae"], device=device, keep_fp32=IN_FP32)
-    encoder = load_text_encoder(folder, max_tokens=params.text_tokens, dtype=dtypes["text_encoder"], device=device)
-    eyes = None if params.image is None else load_image_encoder(folder, dtype=dtypes["image_encoder"], device=device)
+    encoder = eyes = None
+    if first:
+        encoder = load_text_encoder(folder, max_tokens=params.text_tokens, dtype=dtypes["text_encoder"], device=device)
+    if first and params.image is not None:
+        eyes = load_image_encoder(folder, dtype=dtypes["image_encoder"], device=device)
     return WanPipeline(params, experts, vae, encoder, eyes, dtypes, device)
 
 
