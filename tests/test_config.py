@@ -114,7 +114,6 @@ def test_a_wrong_value_is_named_with_what_is_allowed(smallest: str, override: st
 @pytest.mark.parametrize(
     "override",
     [
-        "parallel.degree=auto",
         "engine.quantization=fp8",
         "engine.offload=model",
         "engine.compile=on",

@@ -29,7 +29,7 @@ LAYERS = [
     {"models"},
     {"conditioning"},
     {"media"},
-    {"config", "where", "identity", "nn", "sampling", "text", "checkpoint", "memory"},
+    {"config", "where", "identity", "nn", "sampling", "text", "checkpoint", "memory", "placement"},
     {"config_rules", "formats", "redaction", "tokens", "parallel", "family", "specs", "device"},
     {"types", "errors"},
 ]
@@ -41,6 +41,7 @@ HEADLESS = (
     "tokens",
     "plan",
     "memory",
+    "placement",
     "where",
     "identity",
     "store",

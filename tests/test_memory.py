@@ -26,10 +26,7 @@ from tests.models.ltx import test_vae as ltx_vaes
 from tests.models.mochi import published as mochi
 from tests.models.wan import configurations as wan
 from vidgen import family, memory
-from vidgen.config import JobConfig, ParallelConfig
-from vidgen.config_rules import value_mistakes
-from vidgen.errors import ConfigError
-from vidgen.memory import GIB, Placement, Sizing
+from vidgen.memory import GIB, Sizing
 from vidgen.models.allegro.transformer import AllegroTransformer3DModel
 from vidgen.models.allegro.vae import AllegroVAE
 from vidgen.models.cogvideox.transformer import CogVideoXTransformer3DModel
@@ -399,90 +396,7 @@ def test_tiles_are_those_that_are_cut() -> None:
     assert tiles(200, 200, (256, 256, 192, 192)) == tiles(200, 200, None)
 
 
-# ---------------------------------------------------------------- a named GPU
-
-
-def placed(checkpoint: Bound, **parallel: Any) -> Placement:
-    return Placement(checkpoint.sizing, parallel, checkpoint.spec.heads(checkpoint.params))
-
-
-def fit(checkpoint: Bound, size: tuple[int, int, int], **parallel: Any) -> Any:
-    request = checkpoint.request(*size)
-    tokens, flops = (getattr(checkpoint.spec, name)(request, checkpoint.params) for name in ("tokens", "flops"))
-    return placed(checkpoint, **parallel).of("a shape", request, tokens, flops)
-
-
-def test_nothing_is_said_about_fit_without_a_gpu() -> None:
-    assert fit(bound("Wan 14B"), (720, 1280, 81)) is None
-    assert memory.sizing("testcard", family.spec("testcard"), None) is None
-
-
-def test_seconds_are_operations_at_the_stated_share_of_the_data_sheet() -> None:
-    """Wan 2.1 14B at 480 x 832 x 81 took 9.77 s a step of two forwards on an H100: the share is from there."""
-    found = fit(bound("Wan 14B"), (480, 832, 81), gpu="H100")
-    assert found.fits and found.smallest == 1 and found.seconds == pytest.approx(50 * 9.77, rel=0.01)
-    eight = fit(bound("Wan 14B"), (480, 832, 81), gpu="H100", context=8)
-    assert found.seconds / eight.seconds == pytest.approx(8 * 0.64)
-    branches = fit(bound("Wan 14B"), (480, 832, 81), gpu="H100", cfg=2)
-    assert found.seconds / branches.seconds == pytest.approx(2)
-    alone = fit(bound("HunyuanVideo"), (512, 768, 121), gpu="H200", cfg=2)
-    assert alone.seconds == fit(bound("HunyuanVideo"), (512, 768, 121), gpu="H200").seconds, "it has no second branch"
-
-
-def needing_two(checkpoint: Bound, size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes an H100 just too small for one rank."""
-    one, two = (checkpoint.sizing.need(checkpoint.request(*size), Layout(1, 1, u)).bytes for u in (1, 2))
-    assert two < one
-    middle = int((one + two) / 2 / (1 - memory.FRAGMENTATION)) + memory.CONTEXT_BYTES
-    monkeypatch.setitem(GPUS, "H100", replace(GPUS["H100"], memory=middle))
-
-
-def test_a_degree_that_does_not_fit_is_refused_with_the_smallest_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, size = bound("HunyuanVideo"), (720, 1280, 129)
-    needing_two(checkpoint, size, monkeypatch)
-    with pytest.raises(ConfigError, match=r"parallel.context: 1: a shape needs .* H100 .* smallest that fits: 2"):
-        fit(checkpoint, size, gpu="H100", context=1)
-    unsaid = fit(checkpoint, size, gpu="H100")
-    assert unsaid.fits is False and unsaid.smallest == 2
-    assert fit(checkpoint, size, gpu="H100", context=2).fits
-
-
-def test_a_band_of_shapes_is_named_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, size = bound("HunyuanVideo"), (720, 1280, 129)
-    needing_two(checkpoint, size, monkeypatch)
-    bands = [{"tokens_above": 10_000, "context": 4}, {"tokens_above": 100_000, "context": 1}]
-    with pytest.raises(ConfigError, match=r"parallel.by_shape\[1\].context: 1: a shape"):
-        fit(checkpoint, size, gpu="H100", by_shape=bands)
-    assert fit(checkpoint, size, gpu="H100", by_shape=bands[:1]).mesh.context == 4
-
-
-def test_a_gpu_that_cannot_hold_it_at_any_degree_is_refused_with_those_that_can() -> None:
-    with pytest.raises(ConfigError, match=r"parallel.gpu: 'L4': .* \(weights .*\); allowed: B200, H200") as error:
-        fit(bound("HunyuanVideo"), (720, 1280, 129), gpu="L4")
-    assert "RTX-4090" not in str(error.value).partition("allowed")[2]
-
-
-def test_more_ulysses_ranks_than_heads_are_refused_before_any_shape() -> None:
-    with pytest.raises(ConfigError, match=r"parallel.ulysses: 16.* 12 attention heads"):
-        placed(bound("Wan 1.3B"), ulysses=16)
-
-
-def test_only_the_weights_are_known_of_a_backend_that_is_not_ours() -> None:
-    small = Sizing({"unet": memory.Component(10, 20)}, None, {})
-    large = Sizing({"unet": memory.Component(10, 200 * GIB)}, None, {})
-    request = bound("Wan 1.3B").request(480, 832, 81)
-    known = Placement(small, {"gpu": "L4"}, 1).of("a shape", request, 1, 1.0)
-    assert known is not None and known.fits is None and not known.need.whole
-    with pytest.raises(ConfigError, match=r"parallel\.gpu"):
-        Placement(large, {"gpu": "L4"}, 1).of("a shape", request, 1, 1.0)
-
-
-def test_a_gpu_that_is_not_in_the_table_is_refused_with_those_that_are() -> None:
-    config = JobConfig(parallel=ParallelConfig(gpu="h100"))
-    (mistake,) = [sentence for key, sentence in value_mistakes(config) if key == "parallel.gpu"]
-    assert "'h100' is not allowed" in mistake and all(repr(name) in mistake for name in GPUS) and "null" in mistake
-    known = JobConfig(parallel=ParallelConfig(gpu="H100"))
-    assert not [sentence for key, sentence in value_mistakes(known) if key == "parallel.gpu"]
+# ---------------------------------------------------------------- sizes without a network
 
 
 def test_of_the_diffusers_backend_weights_are_counted_as_it_loads_them() -> None:

@@ -57,7 +57,6 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
 AVAILABLE: Mapping[str, tuple[Any, ...]] = {
     "model.pipeline": (None,),
     "model.options": ({},),
-    "parallel.degree": (None, 1),
     "engine.offload": ("none",),
     "engine.quantization": (None,),
     "engine.compile": ("auto", "off"),
@@ -141,10 +140,13 @@ def value_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
 
 def _parallel_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
     """Meshes that no model can have, and entries of `by_shape` that are not such as SHAPE_KEYS, rising."""
-    base = {name: _value(config, f"parallel.{name}") for name in MESH_KEYS}
+    base = {name: _value(config, f"parallel.{name}") for name in (*MESH_KEYS, "degree")}
+    if base["degree"] == "auto":
+        yield from _auto_mistakes(config)
+        base["degree"] = None
     if mistake := _mesh_mistake(base):
         yield mistake.partition(":")[0], mistake
-    elif config.model.family == "diffusers" and (wide := [name for name in MESH_KEYS if (base[name] or 1) > 1]):
+    elif config.model.family == "diffusers" and (wide := [name for name in base if (base[name] or 1) > 1]):
         key = f"parallel.{wide[0]}"
         yield key, f"{key}: {base[wide[0]]} is not available for model.family: diffusers; allowed: null, 1"
     above = -1
@@ -169,6 +171,21 @@ def _parallel_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
             yield "parallel.by_shape", mistake.replace("parallel.", f"{key}.")
         elif config.model.family == "diffusers":
             yield "parallel.by_shape", f"{key}: model.family: diffusers runs on one GPU; allowed: []"
+
+
+def _auto_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
+    """`degree: auto` is chosen from what is known of a GPU, and leaves nothing else of the mesh to say but `cfg`."""
+    key, parallel = "parallel.degree", config.parallel
+    if config.model.family == "diffusers":
+        yield key, f"{key}: auto is not available for model.family: diffusers; allowed: null, 1"
+    if parallel.gpu is None:
+        yield key, f"{key}: auto needs parallel.gpu, the GPU to choose for; allowed there: {_listed([*GPUS])}"
+    said = [name for name in ("context", "ulysses", "ring") if _value(config, f"parallel.{name}") is not None]
+    said += ["by_shape"] if parallel.by_shape else []
+    said += ["replicas"] if parallel.replicas != "auto" else []
+    if said:
+        listed = " and ".join(f"parallel.{name}" for name in said)
+        yield key, f"{key}: auto chooses {listed} itself; leave them out, or give no degree"
 
 
 def _mesh_mistake(mesh: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """What fits where, as arithmetic: the memory that a request takes of a GPU, and the seconds that it takes there.
 
 No measurement and no torch: sizes of a checkpoint in, bytes out, each as a named term with its formula. A family's
-`footprint.py` has its numbers; this module knows dtypes, gangs, offload and GPUs. Refuses to know rows and clusters.
+`footprint.py` has its numbers; this module knows dtypes, gangs, offload and GPUs. Refuses to know rows, configurations
+and clusters.
 
 The formulas were fitted to counts: all tensors alive at the fullest moment, plus, during a 3D convolution in half
 precision, its input and output once more, which cuDNN lays out anew. Counted so, diffusers' own networks give the
@@ -16,15 +17,13 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-from vidgen.errors import ConfigError
 from vidgen.family import Spec
-from vidgen.parallel.layout import Layout, layout
+from vidgen.parallel.layout import Layout
 from vidgen.specs.config import DTYPE_BYTES
 from vidgen.specs.footprint import Footprint, tiles
-from vidgen.specs.gpus import GPUS, Gpu
+from vidgen.specs.gpus import Gpu
 from vidgen.types import Request
 
 GIB = 2**30
@@ -38,8 +37,6 @@ EFFICIENCY = 344.0 / 989.5
 EIGHT = 0.64
 """What eight GPUs on one clip do of eight times one: engines publish 86, 64, 41 and 31 %; each doubling costs the same
 share of it."""
-MOST_CONTEXT = 64
-"""The largest degree that is tried."""
 TEXT_BYTES = GIB // 4
 """Activations of text and image encoders over one prompt, assumed."""
 QUANTIZED: Mapping[str, float] = {"bitsandbytes_8bit": 1.15, "bitsandbytes_4bit": 9 / 16, "torchao": 1.0}
@@ -127,7 +124,7 @@ class Sizing:
         time, counted as none."""
         sizes = {name: component.bytes for name, component in self.components.items()}
         if self.offload == "none":
-            return Term("weights", sum(sizes.values()), " + ".join(f"{n} {_gib(b)}" for n, b in sizes.items()))
+            return Term("weights", sum(sizes.values()), " + ".join(f"{n} {gib(b)}" for n, b in sizes.items()))
         stay = sum(sizes[name] for name in self.pinned)
         if self.offload == "sequential":
             return Term("weights", stay, "a layer at a time")
@@ -248,124 +245,6 @@ def seconds(flops: float, gpu: Gpu, mesh: Layout, branches: int) -> float:
     return flops / (gpu.tflops * 1e12 * EFFICIENCY * ranks)
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """One shape on the GPU that was named. `fits` is None where only the weights are known and those do; `smallest` is
-    the least context degree that fits, None if none does."""
-
-    gpu: str
-    mesh: Layout
-    need: Need
-    usable: int
-    fits: bool | None
-    smallest: int | None
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a plan's estimate."""
-        return {
-            "gpu": self.gpu,
-            "gpus": self.mesh.size,
-            "context": self.mesh.context,
-            "memory_bytes": self.need.bytes,
-            "usable_bytes": self.usable,
-            "fits": self.fits,
-            "smallest_context": self.smallest,
-            "seconds_per_item": self.seconds,
-            "stage": self.need.fullest,
-            "terms": [{"name": t.name, "bytes": t.bytes, "formula": t.formula} for t in self.need.terms],
-        }
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A configuration's `parallel` for one checkpoint: which mesh makes a shape, and whether that can work.
-
-    `parallel` is the configuration's mapping, `by_shape` included; its meshes are checked when it is made. Without
-    `parallel.gpu` nothing is said about fit.
-    """
-
-    sizing: Sizing | None
-    parallel: Mapping[str, Any]
-    heads: int
-
-    def __post_init__(self) -> None:
-        assert self.bands, "the configuration's own mesh is always one"
-
-    @property
-    def gpu(self) -> str | None:
-        """The name of the GPU that the plan is for."""
-        name = self.parallel.get("gpu")
-        return None if name is None else str(name)
-
-    @cached_property
-    def bands(self) -> list[tuple[str, int, Layout, bool]]:
-        """(key, tokens above which it counts, mesh, whether a degree is configured), the most tokens first. ConfigError
-        names the key of a mesh that cannot be."""
-        wanted = [("parallel", -1, self.parallel)]
-        for index, entry in enumerate(self.parallel.get("by_shape") or []):
-            wanted.append((f"parallel.by_shape[{index}]", int(entry["tokens_above"]), entry))
-        found = []
-        for key, above, entry in wanted:
-            try:
-                mesh = layout(entry, self.heads)
-            except ConfigError as error:
-                raise ConfigError(str(error).replace("parallel.", f"{key}.")) from error
-            given = any(entry.get(name) is not None for name in ("context", "ulysses", "ring"))
-            found.append((key, above, mesh, given))
-        return sorted(found, key=lambda band: -band[1])
-
-    def of(self, label: str, request: Request, tokens: int, flops: float) -> Fit | None:
-        """How a shape fits; None without a named GPU or a sizing.
-
-        ConfigError where the configured degree does not fit, naming the smallest that does; and where none does, naming
-        the GPUs that would.
-        """
-        if self.gpu is None or self.sizing is None:
-            return None
-        gpu = GPUS[self.gpu]
-        key, _, mesh, given = next(band for band in self.bands if tokens > band[1])
-        footprint = None if self.sizing.footprint is None else self.sizing.footprint(request)
-        need = self.sizing.need(request, mesh, footprint)
-        smallest = self._smallest(request, footprint, mesh, gpu)
-        fitting = need.bytes <= usable(gpu)
-        if smallest is None or (given and not fitting):
-            raise ConfigError(self._problem(label, key, mesh, need, smallest, request, footprint))
-        branches = 1 if footprint is None else footprint.branches
-        took = seconds(flops, gpu, mesh, branches)
-        return Fit(self.gpu, mesh, need, usable(gpu), (fitting if need.whole else None), smallest, took)
-
-    def _smallest(self, request: Request, footprint: Footprint | None, mesh: Layout, gpu: Gpu) -> int | None:
-        assert self.sizing is not None
-        context = 1
-        while context <= MOST_CONTEXT:
-            tried = layout({"context": context, "cfg": mesh.cfg}, self.heads)
-            if self.sizing.need(request, tried, footprint).bytes <= usable(gpu):
-                return context
-            context *= 2
-        return None
-
-    def _problem(
-        self,
-        label: str,
-        key: str,
-        mesh: Layout,
-        need: Need,
-        smallest: int | None,
-        request: Request,
-        footprint: Footprint | None,
-    ) -> str:
-        name = str(self.gpu)
-        has = f"{_gib(need.bytes)} on a GPU to {need.fullest}, and {name} (parallel.gpu) has {_gib(usable(GPUS[name]))}"
-        if smallest is not None:
-            return f"{key}.context: {mesh.context}: {label} needs {has}; the smallest that fits: {smallest}"
-        others = [n for n, gpu in GPUS.items() if self._smallest(request, footprint, mesh, gpu) is not None]
-        largest = ", ".join(f"{term.name} {_gib(term.bytes)}" for term in need.terms[:2])
-        return (
-            f"parallel.gpu: {name!r}: {label} needs {has}, and no {key}.context up to {MOST_CONTEXT} fits ({largest}); "
-            f"allowed: {', '.join(others) or 'null, to plan without this check'}"
-        )
-
-
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
+    """For people."""
     return f"{count / GIB:.3g} GiB"

@@ -15,8 +15,8 @@ from vidgen.config import to_dict
 from vidgen.errors import ConfigError
 from vidgen.fleet import events as ev
 from vidgen.fleet.dispatch import Dispatcher, Rules
-from vidgen.fleet.formation import Band, Formation, Kind, Node, bands_of, is_single, on_cpus, on_gpus
-from vidgen.parallel.layout import Layout
+from vidgen.fleet.formation import Band, Formation, Kind, Node, bands_of, on_cpus, on_gpus
+from vidgen.parallel.layout import Layout, is_single
 from vidgen.types import Item
 
 SMALLEST = {"dataset": {"path": "p.parquet"}, "output": {"path": "out"}}
@@ -214,7 +214,7 @@ def test_a_mesh_that_the_model_cannot_have_names_the_entry() -> None:
 
 def test_single_replicas_ask_no_model_for_its_heads() -> None:
     assert is_single(parallel("context=1", "replicas=4"))
-    for mesh in ("context=2", "ring=2", "ulysses=2", "cfg=2", "by_shape=[{tokens_above: 1, context: 2}]"):
+    for mesh in ("context=2", "ring=2", "ulysses=2", "cfg=2", "degree=2", "by_shape=[{tokens_above: 1, context: 2}]"):
         assert not is_single(parallel(mesh))
 
 
@@ -233,7 +233,8 @@ def test_single_replicas_ask_no_model_for_its_heads() -> None:
             "by_shape=[{tokens_above: 5, context: 2}, {tokens_above: 5, context: 4}]",
             ("parallel.by_shape[1].tokens_above: 5", "more than 5"),
         ),
-        ("degree=auto", ("parallel.degree: 'auto'", "not available in this version", "allowed: null, 1")),
+        ("degree=auto", ("parallel.degree: auto needs parallel.gpu", "H100")),
+        ("degree=[2]", ("parallel.degree", "[2]")),
     ],
 )
 def test_a_wrong_mesh_is_named_with_what_is_allowed(override: str, words: tuple[str, ...]) -> None:

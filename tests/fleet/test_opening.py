@@ -57,6 +57,17 @@ def test_a_changed_frozen_key_is_refused_with_both_values_and_a_free_one_is_not(
     assert prepare(str(config), ["run.max_attempts=7"], print).config.run.max_attempts == 7
 
 
+def test_a_resume_whose_gangs_cannot_be_is_refused_before_a_cluster_is_asked(tmp_path: Path) -> None:
+    dataset, output = write_prompts(tmp_path / "p.parquet", 2), str(tmp_path / "out")
+    config = tmp_path / "job.yaml"
+    config.write_text(f"model: {{family: testcard}}\ndataset: {{path: {dataset}}}\noutput: {{path: {output}}}\n")
+    prepare(str(config), [], print)
+    for source in (str(config), output):
+        with pytest.raises(ConfigError, match="testcard runs on one GPU"):
+            prepare(source, ["parallel.context=2"], print)
+        assert prepare(source, ["parallel.replicas=2"], print).items == 2
+
+
 def test_a_run_is_resumed_from_its_output_alone_even_where_it_was_moved(tmp_path: Path) -> None:
     dataset, output = write_prompts(tmp_path / "p.parquet", 2), tmp_path / "out"
     config = tmp_path / "job.yaml"

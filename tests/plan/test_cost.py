@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from tests.plan.conftest import dataset, job
+from tests.plan.conftest import dataset, items_of, job
 from vidgen import memory
 from vidgen.errors import ConfigError
-from vidgen.memory import GIB, Component, Placement, Sizing
-from vidgen.plan import cost
+from vidgen.memory import GIB, Component, Sizing
+from vidgen.placement import Placement
+from vidgen.plan import cost, placing
 from vidgen.plan.build import build
 from vidgen.plan.shapes import Shape
+from vidgen.report import planned
 from vidgen.specs.footprint import Footprint
 from vidgen.specs.gpus import GPUS
-from vidgen.types import Request
+from vidgen.store.objects import Objects
+from vidgen.types import Media, Request
 
 HOUR_OF_A_GPU = cost.GPU_TFLOPS * 1e12 * 3600
 REQUEST = Request("t2v", "", "", 0, 480, 832, 81, 16.0, 50, 5.0, "unipc")
@@ -129,3 +136,77 @@ def test_a_mesh_that_the_models_heads_do_not_allow_is_refused_by_the_plan(source
     rooms: dict[str, Any] = {"model": {"family": "auto", "checkpoint": str(wan)}}
     with pytest.raises(ConfigError, match=r"parallel.ulysses: 3; this model has 2 attention heads"):
         build(job(source, **rooms, parallel={"ulysses": 3}), None, dry_run=True)
+
+
+def test_a_plan_says_which_degree_each_shape_gets_and_why(
+    source: Path, wan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a billion times slower the small model's long shape takes longer than half an hour."""
+    monkeypatch.setitem(GPUS, "L4", replace(GPUS["L4"], tflops=1e-5))
+    dataset(source, {"prompt": ["a", "b", "c"], "frames": [5, 81, 5]})
+    rooms: dict[str, Any] = {
+        "model": {"family": "auto", "checkpoint": str(wan)},
+        "dataset": {"path": str(source), "columns": {"prompt": "prompt", "num_frames": "frames"}},
+        "sampling": {"height": 32, "width": 32, "num_inference_steps": 1},
+        "parallel": {"gpu": "L4", "degree": "auto"},
+    }
+    result = build(job(source, **rooms), None, dry_run=True)
+    found = result.plan.estimate
+    (short,) = [shape for shape in found["shapes"] if "5 frames" in shape["shape"]]
+    (long,) = [shape for shape in found["shapes"] if "81 frames" in shape["shape"]]
+    assert (short["context"], short["why"]) == (1, "1 GPU: it fits")
+    assert long["context"] > 1 and f"{long['gpus']} GPUs" in long["why"] and "minutes an item with 1" in long["why"]
+    assert [gang["tokens_above"] for gang in found["gangs"]] == [-1, short["tokens"]]
+    spent = sum(shape["items"] * shape["seconds_per_item"] * shape["gpus"] for shape in found["shapes"])
+    assert found["gpu_hours"] == pytest.approx(spent / 3600)
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    planned.show(result, "out", console)
+    text = console.export_text()
+    assert f"degree    {long['shape']}: {long['why']}" in text
+    assert f"gang      above {short['tokens']:,} tokens: {long['mesh']}" in text
+
+
+def test_a_split_that_was_left_open_is_told_by_the_plan(source: Path, wan: Path) -> None:
+    dataset(source, {"prompt": ["a"]})
+    rooms: dict[str, Any] = {"model": {"family": "auto", "checkpoint": str(wan)}, "parallel": {"context": 4}}
+    (gang,) = build(job(source, **rooms), None, dry_run=True).plan.estimate["gangs"]
+    assert gang["mesh"] == "4 GPUs: tokens over 4 (ring 2 x ulysses 2)", "it has two heads"
+
+
+def test_a_family_without_gangs_is_refused_them_by_the_plan(source: Path) -> None:
+    dataset(source, {"prompt": ["a"]})
+    with pytest.raises(ConfigError, match="testcard runs on one GPU, allowed: context 1 and cfg 1"):
+        build(job(source, parallel={"context": 2}), None, dry_run=True)
+
+
+def test_another_parallel_for_a_frozen_plan_is_judged_by_its_shapes_without_reading_a_row(
+    source: Path, wan: Path, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset(source, {"prompt": ["a", "b"]})
+    rooms: dict[str, Any] = {"model": {"family": "auto", "checkpoint": str(wan)}}
+    frozen = build(job(source, **rooms), objects).plan
+    (shape,) = placing.planned([frozen])
+    (item, _) = items_of(objects, build(job(source, **rooms), objects))
+    assert shape.items == 2 and shape.request == replace(item.request, prompt="", negative_prompt="", seed=0)
+    assert not build(job(source, **rooms, parallel={"gpu": "L4", "context": 2}), objects).made
+    monkeypatch.setitem(GPUS, "L4", replace(GPUS["L4"], memory=memory.CONTEXT_BYTES + 1000))
+    with pytest.raises(ConfigError, match=r"parallel\.gpu: 'L4': \d+x\d+, .* needs .* has .*allowed: B200"):
+        build(job(source, **rooms, parallel={"gpu": "L4"}), objects)
+    with pytest.raises(ConfigError, match=r"parallel\.ulysses: 3; this model has 2 attention heads"):
+        build(job(source, **rooms, parallel={"ulysses": 3}), objects)
+
+
+def test_shapes_of_media_and_lists_come_back_from_an_estimate_as_they_were() -> None:
+    request = replace(
+        REQUEST,
+        task="i2v",
+        image=Media("", ""),
+        sigmas=(1.0, 0.5),
+        tiling=(256, 256, 192, 192),
+        params=(("strength", 0.5),),
+    )
+    adding = cost.Estimate("mp4", None, 10)
+    adding.add(Shape(request, (), tokens=100, flops=1e12, frames=81), 3)
+    plan: Any = SimpleNamespace(config={"model": {"task": "i2v"}}, estimate=json.loads(json.dumps(adding.summary())))
+    (found,) = placing.planned([plan])
+    assert (found.request, found.tokens, found.flops, found.items) == (request, 100, 1e12, 3)

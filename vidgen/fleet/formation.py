@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vidgen.errors import ConfigError
-from vidgen.parallel.layout import Layout, layout
+from vidgen.parallel import layout as layouts
+from vidgen.parallel.layout import Layout
 
 MANY_SHAPES = "other shapes"
 """The estimate's entry for shapes it did not count one by one."""
@@ -99,28 +100,12 @@ def _named(count: int, layout: Layout) -> str:
     return f"{count} gang{plural} of {layout.size} ({split})"
 
 
-def asked(parallel: Mapping[str, Any]) -> list[tuple[str, int, Mapping[str, Any], int | None]]:
-    """(key, tokens above, the mesh as configured, replicas or None) of each band of a configuration's `parallel`: what
-    it says itself for the items below all of `by_shape`, then each entry of that, complete in itself."""
-    wanted = parallel["replicas"]
-    bands = [("parallel", -1, parallel, None if wanted == "auto" else int(wanted))]
-    for index, entry in enumerate(parallel["by_shape"]):
-        bands.append((f"parallel.by_shape[{index}]", int(entry["tokens_above"]), entry, entry.get("replicas")))
-    return bands
-
-
-def is_single(parallel: Mapping[str, Any]) -> bool:
-    """Whether every replica is one GPU: then no model needs to be asked for its heads."""
-    meshes = [parallel, *parallel["by_shape"]]
-    return all((mesh.get(name) or 1) == 1 for mesh in meshes for name in ("context", "ulysses", "ring", "cfg"))
-
-
 def bands_of(
     parallel: Mapping[str, Any], heads: int, estimates: Iterable[Mapping[str, Any]], gpus_per_node: int | None
 ) -> list[Band]:
-    """The bands of a configuration with what the plans hold of each. ConfigError as `vidgen.parallel.layout.layout`."""
-    wanted = asked(parallel)
-    above = [tokens for _, tokens, _, _ in wanted[1:]]
+    """The bands of a configuration with what the plans hold of each. ConfigError as `vidgen.parallel.layout.bands`."""
+    wanted = layouts.bands(parallel, heads, gpus_per_node)
+    above = [band.above for band in wanted[1:]]
     flops, items, counted = [0.0] * len(wanted), [0] * len(wanted), True
     for estimate in estimates:
         for shape in estimate["shapes"]:
@@ -129,16 +114,9 @@ def bands_of(
             items[band] += shape["items"]
             counted = counted and shape["shape"] != MANY_SHAPES
     return [
-        Band(key, tokens, _layout(mesh, heads, gpus_per_node, key), replicas, flops[i], items[i] if counted else None)
-        for i, (key, tokens, mesh, replicas) in enumerate(wanted)
+        Band(band.key, band.above, band.layout, band.replicas, flops[i], items[i] if counted else None)
+        for i, band in enumerate(wanted)
     ]
-
-
-def _layout(mesh: Mapping[str, Any], heads: int, gpus_per_node: int | None, key: str) -> Layout:
-    try:
-        return layout(mesh, heads, gpus_per_node)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("parallel.", f"{key}.")) from error
 
 
 def on_gpus(bands: Sequence[Band], nodes: Sequence[Node], pending: int, threads: int | None = None) -> Formation:

@@ -11,6 +11,7 @@ from vidgen import config as configuration
 from vidgen.config import JobConfig
 from vidgen.errors import ConfigError
 from vidgen.plan import build as planning
+from vidgen.plan import placing
 from vidgen.plan.files import check_resume, read_plan, total_items
 from vidgen.store.objects import Objects, new_token
 from vidgen.types import Plan
@@ -62,6 +63,7 @@ def prepare(source: str, overrides: Sequence[str], say: Callable[[str], None]) -
         plans = read_plan(objects)
     if plans:
         check_resume(plans, config)
+        placing.check(plans, config)
         changed = planning.changed_dataset(plans, config)
         if changed:
             say(f"note: {changed}")

@@ -5,12 +5,11 @@ The one place where configuration, plan, lease, cluster and driver meet. Refuses
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from vidgen import family, manifest
@@ -26,7 +25,7 @@ from vidgen.fleet.observer import Observer
 from vidgen.fleet.opening import Run, deadline_of, prepare
 from vidgen.fleet.progress import Progress
 from vidgen.fleet.replica import Settings
-from vidgen.plan import model
+from vidgen.plan import placing
 from vidgen.plan.cost import device_problem
 from vidgen.store import epochs, state
 from vidgen.store.objects import Objects
@@ -36,6 +35,8 @@ GPU_BATCH_TOKENS = 16_384
 BATCH_ITEMS = 32
 CPU_REPLICA_BYTES = 1_500_000_000
 """What a replica on CPU takes beside its weights: interpreter, torch, activations of small models."""
+MOST_SAID = 20
+"""Shapes of which a person is told one by one."""
 TERMINATE_GRACE = 1.0
 """Seconds after SIGTERM for what is in flight; `ray job stop` kills after three."""
 
@@ -113,7 +114,9 @@ def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, Fo
     device = config.engine.device if config.engine.device != "auto" else "cuda" if gpus else "cpu"
     device = device if needs_weights else "cpu"
     parallel = to_dict(config)["parallel"]
-    heads = 1 if formation.is_single(parallel) else _heads(config)
+    members = gpus if device == "cuda" else cpus
+    placement = placing.settled(run.plans, config, members)
+    parallel, heads = (parallel, 1) if placement is None else (placement.parallel, placement.heads)
     estimates = [p.estimate for p in run.plans]
     per_node = max((node.gpus for node in nodes), default=0) if device == "cuda" else None
     bands = formation.bands_of(parallel, heads, estimates, per_node or None)
@@ -123,17 +126,15 @@ def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, Fo
     else:
         each = CPU_REPLICA_BYTES + 2 * int(plan.estimate["weight_bytes"])
         replicas = formation.on_cpus(bands, nodes, pending, memory // each, threads)
+    if placement is not None and placement.whys:
+        replicas = replace(replicas, notes=(*_chosen(placement.whys), *replicas.notes))
     return _settings(run, lease, device, replicas.threads), replicas
 
 
-def _heads(config: JobConfig) -> int:
-    """Attention heads of the model, by which a gang is laid out. ConfigError for a family that has no gangs."""
-    bound = model.resolve(config)
-    if importlib.util.find_spec(f"vidgen.models.{bound.family}.pipeline") is None:
-        raise ConfigError(
-            f"parallel: gangs are asked for; {bound.family} runs on one GPU, allowed: context 1 and cfg 1"
-        )
-    return bound.spec.heads(bound.params)
+def _chosen(whys: Mapping[str, str]) -> list[str]:
+    """What `degree: auto` came to, for people."""
+    said = [f"parallel.degree: auto: {label}: {why}" for label, why in list(whys.items())[:MOST_SAID]]
+    return said + ([f"and so for {len(whys) - MOST_SAID} more shapes"] if len(whys) > MOST_SAID else [])
 
 
 def _settings(run: Run, lease: epochs.Lease, device: str, threads: int | None) -> Settings:

@@ -13,6 +13,9 @@ from typing import Any
 
 from vidgen.errors import ConfigError
 
+DEGREES = ("degree", "context", "ulysses", "ring")
+"""Keys of `parallel` that say how many GPUs share the tokens of a clip."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -51,15 +54,58 @@ class Layout:
         return f"{self.size} GPUs: {', '.join(parts)}"
 
 
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Items of more than `above` tokens, up to the next band, and the mesh that makes them. `key` is where the
+    configuration says so, `degree_said` whether it names one there, `replicas` how many, None for as many as fit."""
+
+    key: str
+    above: int
+    layout: Layout
+    degree_said: bool = False
+    replicas: int | None = None
+
+
+def bands(parallel: Mapping[str, Any], heads: int, gpus_per_node: int | None = None) -> list[Band]:
+    """The bands of a configuration's `parallel`, the fewest tokens first: what it says itself for the items below all
+    of `by_shape`, then each entry of that, complete in itself. ConfigError as `layout`, naming the band's key."""
+    wanted = [("parallel", -1, parallel)]
+    for index, entry in enumerate(parallel.get("by_shape") or []):
+        wanted.append((f"parallel.by_shape[{index}]", int(entry["tokens_above"]), entry))
+    found = []
+    for key, above, entry in wanted:
+        try:
+            mesh = layout(entry, heads, gpus_per_node)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("parallel.", f"{key}.")) from error
+        said = any(entry.get(name) is not None for name in DEGREES)
+        replicas = entry.get("replicas")
+        found.append(Band(key, above, mesh, said, None if replicas in (None, "auto") else int(replicas)))
+    return sorted(found, key=lambda band: band.above)
+
+
+def is_single(parallel: Mapping[str, Any]) -> bool:
+    """Whether every replica is one GPU: then no model needs to be asked for its heads."""
+    meshes = [parallel, *(parallel.get("by_shape") or [])]
+    return all((mesh.get(name) or 1) == 1 for mesh in meshes for name in (*DEGREES, "cfg"))
+
+
 def layout(parallel: Mapping[str, Any], heads: int, gpus_per_node: int | None = None) -> Layout:
-    """The mesh that `context`, `ulysses`, `ring` and `cfg` of a configuration ask for; None is not given.
+    """The mesh that `context` (or `degree`, which says the same), `ulysses`, `ring` and `cfg` of a configuration ask
+    for; None is not given. A `degree` of auto must have been settled before (`vidgen.placement`).
 
     `context` alone is split: Ulysses takes the largest part that divides it, the heads and a node of `gpus_per_node`
     GPUs (so that no rank has more heads than another and no all-to-all crosses nodes), the ring takes the rest. A given
     `ulysses` need not divide the heads, but cannot exceed them. ConfigError names the key, the value and what is
     allowed.
     """
-    context, ulysses, ring = (_count(parallel, name) for name in ("context", "ulysses", "ring"))
+    degree, context, ulysses, ring = (_count(parallel, name) for name in DEGREES)
+    if degree is not None and (context, ulysses, ring) != (None, None, None):
+        raise ConfigError(
+            f"parallel.degree: {degree} beside parallel.context ({context}), parallel.ulysses ({ulysses}) and "
+            f"parallel.ring ({ring}); give either, allowed: null"
+        )
+    context = degree if context is None else context
     cfg = _count(parallel, "cfg") or 1
     if cfg > 2:
         raise ConfigError(f"parallel.cfg: {cfg}; allowed: 1, or 2 for a branch of the guidance each")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from vidgen.config import JobConfig
 from vidgen.errors import PlanError
+from vidgen.plan import placing
 from vidgen.plan.earlier import SCHEDULED, read_earlier
 from vidgen.plan.files import Objects, check_resume, freeze, read_plan, rejected_reasons, total_rejected
 from vidgen.plan.planning import Planning
@@ -72,6 +73,7 @@ def build(
     while True:
         if plans:
             check_resume(plans, config, extend)
+            placing.check(plans, config)
         if plans and not extend:
             return PlanResult(plans[-1], plans, False, rejected_reasons(objects, plans))
         planning = Planning(config, objects, plans, read_earlier(objects, plans) if plans else None)

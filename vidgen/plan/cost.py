@@ -7,9 +7,12 @@ machine: `parallel.gpu` names the GPU that a plan is for.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from vidgen import memory
+from vidgen.placement import Fit, Placement, Planned
+from vidgen.plan.placing import template
 from vidgen.plan.shapes import Shape
 from vidgen.specs.gpus import GPUS
 
@@ -34,13 +37,15 @@ class Estimate:
         format: str,
         price_per_gpu_hour: float | None,
         weight_bytes: int,
-        placement: memory.Placement | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.format, self.price, self.weight_bytes = format, price_per_gpu_hour, weight_bytes
         self.placement = placement
         self.shapes: dict[str, dict[str, Any]] = {}
-        self.flops, self.costliest, self.gpu_seconds, self.pixels = 0.0, 0.0, 0.0, 0
-        self._fits: dict[Shape, memory.Fit | None] = {}
+        self.flops, self.costliest, self.pixels = 0.0, 0.0, 0
+        self._gpu_seconds: dict[str, float] = {}
+        self._planned: dict[str, Planned] = {}
+        self._fits: dict[Shape, Fit | None] = {}
 
     def add(self, shape: Shape, items: int) -> None:
         """ConfigError where the shape cannot be made on the GPU that `parallel.gpu` names."""
@@ -49,33 +54,52 @@ class Estimate:
         entry = self.shapes.get(label)
         if entry is None:
             entry = {"shape": label, "items": 0, "tokens": shape.tokens, "tflops_per_item": shape.flops / 1e12}
+            entry |= {"request": template(shape.request)}
             entry |= fit.as_dict() if fit is not None and label != OTHERS else {}
             self.shapes[label] = entry
+            self._planned[label] = _planned(shape)
+        elif label == OTHERS and shape.tokens > entry["tokens"]:  # it stands for all of them
+            entry |= {"tokens": shape.tokens, "request": template(shape.request)}
+            self._planned[label] = _planned(shape)
         entry["items"] += items
         self.flops += shape.flops * items
         seconds = shape.flops / (GPU_TFLOPS * 1e12) if fit is None else fit.seconds * fit.mesh.size
-        self.gpu_seconds += seconds * items
+        self._gpu_seconds[label] = self._gpu_seconds.get(label, 0.0) + seconds * items
         self.costliest = max(self.costliest, shape.flops)
         self.pixels += shape.request.height * shape.request.width * shape.frames * items
 
-    def _fit(self, shape: Shape) -> memory.Fit | None:
+    def _fit(self, shape: Shape) -> Fit | None:
         if self.placement is None:
             return None
         if shape not in self._fits:
             if len(self._fits) >= MOST_LABELS:
                 self._fits.clear()
-            self._fits[shape] = self.placement.of(shape.label, shape.request, shape.tokens, shape.flops)
+            self._fits[shape] = self.placement.of(_planned(shape))
         return self._fits[shape]
+
+    def _settle(self) -> None:
+        """With `parallel.degree: auto`, the degrees of all shapes together: how they will be made on GPUs enough."""
+        if self.placement is None or not self.placement.auto:
+            return
+        shapes = {label: replace(one, items=self.shapes[label]["items"]) for label, one in self._planned.items()}
+        self.placement = self.placement.settled(list(shapes.values()))
+        for label, shape in shapes.items():
+            fit = self.placement.of(shape)
+            if fit is not None and label != OTHERS:
+                self.shapes[label] |= fit.as_dict()
+                self._gpu_seconds[label] = fit.seconds * fit.mesh.size * shape.items
 
     def summary(self) -> dict[str, Any]:
         """Seconds and GPU-hours are of denoising: texts and frames are some per cent of it at the published sizes."""
-        hours = self.gpu_seconds / 3600
+        self._settle()
+        hours = sum(self._gpu_seconds.values()) / 3600
         gpu = None if self.placement is None else self.placement.gpu
         return {
             "shapes": sorted(self.shapes.values(), key=lambda entry: -entry["items"]),
             "tflops": self.flops / 1e12,
             "tflops_costliest_item": self.costliest / 1e12,
             "gpu": gpu,
+            "gangs": [] if self.placement is None else self.placement.gangs(),
             "assumed_gpu_tflops": GPU_TFLOPS if gpu is None else GPUS[gpu].tflops * memory.EFFICIENCY,
             "gpu_hours": hours,
             "price_per_gpu_hour": self.price,
@@ -86,6 +110,10 @@ class Estimate:
             "seconds_per_item_one_core": self.costliest / (CPU_GFLOPS_PER_CORE * 1e9),
             "assumed_cpu_gflops_per_core": CPU_GFLOPS_PER_CORE,
         }
+
+
+def _planned(shape: Shape) -> Planned:
+    return Planned(shape.label, shape.request, shape.tokens, shape.flops)
 
 
 def cpu_seconds_per_item(estimate: Mapping[str, Any], cores: int) -> float:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from vidgen import VERSION, memory, prompts, where
+from vidgen import VERSION, prompts, where
 from vidgen.config import JobConfig, to_dict
 from vidgen.errors import ConfigError, PlanError
-from vidgen.plan import columns, cost, ids, model
+from vidgen.plan import columns, cost, ids, model, placing
 from vidgen.plan.earlier import Earlier, only_new
 from vidgen.plan.files import ITEM_SCHEMA, PART_ITEMS, REJECTED_SCHEMA, Objects, PartWriter
 from vidgen.plan.media import MediaPlanner
@@ -57,7 +57,7 @@ class Planning:
         self.condition, self.condition_columns = self._where()
         weights = self.model.spec.weight_bytes(self.model.params)
         price = config.run.price_per_gpu_hour
-        self.estimate = cost.Estimate(config.output.format, price, weights, self._placement())
+        self.estimate = cost.Estimate(config.output.format, price, weights, placing.placement(config, self.model))
 
     def run(self, say: Callable[[str], None]) -> Plan | None:
         """The plan, its parts written; None if an extension finds nothing new. PlanError without a valid row, or with
@@ -195,19 +195,6 @@ class Planning:
                 f"model.checkpoint: {self.model.checkpoint} is not what the plan was made with: its hash is "
                 f"{self.model.checkpoint_hash[:12]}, the plan has {self.plans[-1].checkpoint_hash[:12]}"
             )
-
-    def _placement(self) -> memory.Placement:
-        """ConfigError for a mesh that this model's heads do not allow."""
-        config, bound = self.config, self.model
-        sizing = memory.sizing(
-            bound.family,
-            bound.spec,
-            bound.params,
-            dtype=config.model.dtype,
-            offload=config.engine.offload,
-            quantization=config.engine.quantization,
-        )
-        return memory.Placement(sizing, to_dict(config)["parallel"], bound.spec.heads(bound.params))
 
     def _check_configured_texts(self) -> None:
         for shape in self.shaper.shapes(tuple(None for _ in self.shaper.fields), self.shaper.required):

@@ -47,6 +47,7 @@ def show(result: PlanResult, output: str, console: Console) -> None:
     for note in result.notes:
         console.print(f"  note      {note}", markup=False, highlight=False, soft_wrap=True)
     console.print(_shapes(estimate))
+    _gangs(estimate, console)
     _unfitting(estimate, console)
     price = f", {estimate['price']:,.2f} at {estimate['price_per_gpu_hour']:g} a GPU-hour" if estimate["price"] else ""
     speed = f"counted FLOPs at an assumed {estimate['assumed_gpu_tflops']:.4g} TFLOP/s"
@@ -75,6 +76,15 @@ def _shapes(estimate: Mapping[str, Any]) -> Table:
             cells += [str(row["gpus"]), need, FITS[row["fits"]], duration(row["seconds_per_item"])]
         table.add_row(*cells)
     return table
+
+
+def _gangs(estimate: Mapping[str, Any], console: Console) -> None:
+    """How tokens are divided where gangs are asked for; with `parallel.degree: auto`, what each shape gets, and why."""
+    for gang in estimate.get("gangs", []):  # absent from older plans
+        where = f"above {gang['tokens_above']:,} tokens: " if gang["tokens_above"] >= 0 else ""
+        console.print(f"  gang      {where}{gang['mesh']}", highlight=False)
+    for row in [row for row in estimate["shapes"] if row.get("why")][:MOST_REASONS]:
+        console.print(f"  degree    {row['shape']}: {row['why']}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _unfitting(estimate: Mapping[str, Any], console: Console) -> None:
