@@ -191,7 +191,7 @@ class Placement:
             room = most if gpus is None else min(most, gpus // self._mesh(1).size)
             context, why = self._grown(shape, footprint, least, room)
             while gpus is not None and 2 * context <= room and items * self._mesh(2 * context).size <= gpus:
-                context, why = 2 * context, f"{items} items for {gpus} GPUs"
+                context, why = 2 * context, f"{items} items, and room for {gpus} ranks"
             choices.append(Choice(shape.label, shape.tokens, context, why))
         widest = Choice("", -1, 1, "")
         for index, choice in enumerate(choices):

@@ -21,6 +21,7 @@ from vidgen.loop import Loop, State
 from vidgen.nn.attention import attention, joint_attention
 from vidgen.parallel import ALONE
 from vidgen.parallel.gang import Gang, Mesh
+from vidgen.parallel.layout import Layout, shares
 from vidgen.sampling.step import Draws
 from vidgen.types import Hooks, ModelSettings, Request
 
@@ -114,6 +115,23 @@ def traffic_of(gang: Gang | None, shape: Shape) -> dict[str, Any]:
         else:
             joint_attention((q, k, v), (text[0], text[1], text[2]), shape.lengths, cp)
     return {"calls": dict(traffic.calls), "sent": dict(traffic.sent), "tokens": q.shape[1]}
+
+
+def bytes_sent(layout: Layout, rank: int, shape: Shape) -> dict[str, int]:
+    """What leaves a rank in one attention, by collective: the table of `vidgen.parallel.gang`."""
+    tokens = shares(shape.tokens, layout.context)
+    blocks = [sum(tokens[first : first + layout.ulysses]) for first in range(0, len(tokens), layout.ulysses)]
+    _, block, index = layout.place(rank)
+    n, m, after = tokens[rank % layout.context], blocks[block], blocks[(block + 1) % layout.ring]
+    g, text = shares(shape.heads, layout.ulysses)[index], shape.text or 0
+    unit = shape.batch * shape.size * getattr(torch, shape.dtype).itemsize
+    sent = {}
+    if layout.ulysses > 1:
+        sent["all_to_all_single"] = 3 * n * (shape.heads - g) * unit
+        sent["all_to_all_single"] += (m - n + (layout.ulysses - 1) * text) * g * unit
+    if layout.ring > 1:
+        sent["batch_isend_irecv"] = 2 * (shape.tokens - after) * g * unit
+    return sent
 
 
 @dataclass
@@ -222,6 +240,12 @@ def inside(gang: Gang | None, checkpoint: str, task: str, request: Request) -> d
     seen: list[tuple[int, int]] = []
     alive: list[int] = []
     known: list[Any] = []
+    shapes: list[Shape] = []
+
+    def returning(mesh: Mesh, x: Tensor, heads: int, whole: int = 0) -> Tensor:
+        assert mesh.tokens is not None
+        shapes.append(Shape(x.shape[0], mesh.tokens, heads, x.shape[3], whole or None, None, str(x.dtype)[6:]))
+        return to_tokens(mesh, x, heads, whole)
 
     def entered(module: Any, args: tuple[Any, ...]) -> None:
         mesh = next(arg for arg in args if isinstance(arg, Mesh))
@@ -237,7 +261,7 @@ def inside(gang: Gang | None, checkpoint: str, task: str, request: Request) -> d
         alive.append(sum(ref() is not None for ref in known))
         return handover
 
-    pass_on = Mesh.pass_on
+    pass_on, to_tokens = Mesh.pass_on, Mesh.to_tokens
     blocks = [
         block
         for name, layers in pipeline.transformer.named_children()
@@ -245,7 +269,7 @@ def inside(gang: Gang | None, checkpoint: str, task: str, request: Request) -> d
         for block in layers.children()
     ]
     hooks = [block.register_forward_pre_hook(entered) for block in blocks]
-    Mesh.pass_on = passing  # type: ignore[method-assign]
+    Mesh.pass_on, Mesh.to_tokens = passing, returning  # type: ignore[method-assign]
     try:
         with torch.inference_mode():
             schedule = pipeline.schedule(request)
@@ -254,10 +278,17 @@ def inside(gang: Gang | None, checkpoint: str, task: str, request: Request) -> d
             with counted() as traffic:
                 pipeline.predict(start.latents, schedule, 0, start.conditioning["conditional"], gang.context)
     finally:
-        Mesh.pass_on = pass_on  # type: ignore[method-assign]
+        Mesh.pass_on, Mesh.to_tokens = pass_on, to_tokens  # type: ignore[method-assign]
         for hook in hooks:
             hook.remove()
-    return {"tokens": seen, "calls": dict(traffic.calls), "blocks": len(blocks), "alive": max(alive, default=0)}
+    return {
+        "tokens": seen,
+        "calls": dict(traffic.calls),
+        "sent": dict(traffic.sent),
+        "shapes": shapes,
+        "blocks": len(blocks),
+        "alive": max(alive, default=0),
+    }
 
 
 def disturbed(gang: Gang | None, checkpoint: str, task: str, request: Request, how: str) -> tuple[str, int, int]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.models.case import Case, cases
-from tests.models.test_families import conditioning_media, tiled
-from tests.models.wan import tiny_checkpoint as wan
-from tests.parallel.ranks import ENGINES, Made, decoded, encoders, generated, inside, loop_of
+from tests.models.test_families import tiled
+from tests.parallel.cases import CASES, LAYOUTS, SHORT, requests
+from tests.parallel.ranks import ENGINES, Made, bytes_sent, decoded, encoders, generated, inside
 from tests.parallel.workers import Workers
 from vidgen.parallel.layout import Layout
 from vidgen.types import Request
@@ -21,38 +21,6 @@ from vidgen.types import Request
 STEP, FRAMES = 1e-4, 1e-3
 """Of a prediction, and of frames after the whole loop: sums of attention in other blocks, and what a few guided steps
 make of them."""
-LAYOUTS = {
-    "ulysses_2": Layout(ulysses=2),
-    "ring_2": Layout(ring=2),
-    "ring_4": Layout(ring=4),
-    "ring_2_x_ulysses_2": Layout(ring=2, ulysses=2),
-    "cfg_2": Layout(cfg=2),
-    "cfg_2_x_ulysses_2": Layout(cfg=2, ulysses=2),
-}
-CASES = cases()
-SHORT = (
-    "wan/t2v",
-    "wan/i2v",
-    "wan/dense_i2v",
-    "ltx/t2v-0.9.0",
-    "ltx/i2v-0.9.5",
-    "cogvideox/t2v-2b",
-    "cogvideox/i2v-1.5-dpm",
-    "hunyuan/t2v-true-cfg",
-    "hunyuan/i2v-token-replace",
-    "mochi/t2v",
-    "allegro/t2v",
-    "wan/5_heads",
-)
-"""The rest is slow."""
-UNEVEN = {
-    # Nothing divides anything: 5 heads, and 3 x 3 x 3 tokens or 5 x 3 x 2.
-    "wan/5_heads": Case(
-        "t2v",
-        partial(wan._write, transformer={"num_attention_heads": 5}),
-        {"height": 48, "width": 48, "num_frames": 9, "num_inference_steps": 2},
-    ),
-}
 SLOW = {"cfg_2_x_ring_2": Layout(cfg=2, ring=2), "ring_3": Layout(ring=3)}
 Checkpoint = Callable[[str], Path]
 
@@ -62,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     @cache
     def once(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name.replace("/", "-"))
-        {**CASES, **UNEVEN}[name].write(folder)
+        CASES[name].write(folder)
         return folder
 
     return once
@@ -73,16 +41,7 @@ def asked(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> C
     """Requests for a case, one a seed."""
 
     def make(name: str, seeds: tuple[int, ...] = (7,), **changes: Any) -> list[Request]:
-        case = {**CASES, **UNEVEN}[name]
-        loop_of(str(checkpoint(name)), case.task, None)
-        model = ENGINES[str(checkpoint(name)), case.task]
-        defaults = model.spec.defaults(case.task, model.params)
-        values = {**case.sampling, **changes}
-        prompts = (values.pop("prompt", "a red circle moving left"), "the green square and the cat or a dog")
-        size = [values.get(key) or defaults[key] for key in ("num_frames", "height", "width")]
-        takes = [field for field, needed in model.spec.TASKS[case.task].items() if needed or field in case.media]
-        media = conditioning_media(takes, size, tmp_path_factory.mktemp("media"))
-        return [model.request(prompts[i], **media | values, seed=seed) for i, seed in enumerate(seeds)]
+        return requests(name, checkpoint(name), tmp_path_factory.mktemp("media"), seeds, **changes)
 
     return make
 
@@ -93,8 +52,8 @@ def alone(checkpoint: Checkpoint, asked: Callable[..., list[Request]]) -> Callab
 
     @cache
     def once(name: str, seeds: tuple[int, ...] = (7,)) -> tuple[list[Request], Made]:
-        requests = asked(name, seeds)
-        return requests, generated(None, str(checkpoint(name)), {**CASES, **UNEVEN}[name].task, requests)
+        wanted = asked(name, seeds)
+        return wanted, generated(None, str(checkpoint(name)), CASES[name].task, wanted)
 
     return once
 
@@ -121,9 +80,8 @@ def check(name: str, layout: Layout, found: list[Made], expected: Made) -> None:
 
 
 def run(name: str, layout: Layout, workers: Workers, checkpoint: Checkpoint, alone: Any, **options: Any) -> list[Made]:
-    requests, expected = alone(name, **options)
-    task = {**CASES, **UNEVEN}[name].task
-    found = workers.run(layout, generated, str(checkpoint(name)), task, requests)
+    wanted, expected = alone(name, **options)
+    found = workers.run(layout, generated, str(checkpoint(name)), CASES[name].task, wanted)
     check(name, layout, found, expected)
     return found
 
@@ -145,7 +103,7 @@ def test_five_heads_over_four_ranks_give_what_one_process_gives(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*CASES, *UNEVEN])
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layout", {**LAYOUTS, **SLOW}.values(), ids={**LAYOUTS, **SLOW})
 def test_a_gang_gives_what_one_process_gives_in_every_case(
     layout: Layout, name: str, workers: Workers, checkpoint: Checkpoint, alone: Any
@@ -219,7 +177,7 @@ def test_a_rank_holds_its_share_of_tokens_two_blocks_of_keys_and_gathers_once(
     layout: Layout, name: str, workers: Workers, checkpoint: Checkpoint, asked: Any
 ) -> None:
     (request,) = asked(name)
-    for made in workers.run(layout, inside, str(checkpoint(name)), {**CASES, **UNEVEN}[name].task, request):
+    for rank, made in enumerate(workers.run(layout, inside, str(checkpoint(name)), CASES[name].task, request)):
         assert made["blocks"] == len(made["tokens"]) > 0
         assert all(count <= share for count, share in made["tokens"])
         calls = {"all_gather": 1}
@@ -228,4 +186,9 @@ def test_a_rank_holds_its_share_of_tokens_two_blocks_of_keys_and_gathers_once(
         if layout.ring > 1:
             calls["batch_isend_irecv"] = (layout.ring - 1) * made["blocks"]
         assert made["calls"] == calls
+        expected = Counter()
+        for shape in made["shapes"]:
+            expected.update(bytes_sent(layout, rank, shape))
+        assert len(made["shapes"]) == made["blocks"]
+        assert {kind: sent for kind, sent in made["sent"].items() if kind != "all_gather"} == expected
         assert made["alive"] <= 4, "keys and values of two blocks"
