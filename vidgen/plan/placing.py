@@ -76,9 +76,11 @@ def planned(plans: Iterable[Plan]) -> list[Planned]:
 
 
 def template(request: Request) -> dict[str, Any]:
-    """A request's shape, for an estimate: all that is not its own, and which media there are."""
+    """A request's shape as JSON has it, for an estimate: all that is not its own, and which media there are."""
     values = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in (*OWN, *MEDIA_FIELDS)}
-    return {**values, "media": [name for name in MEDIA_FIELDS if getattr(request, name) is not None]}
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    listed["params"] = [list(pair) for pair in request.params]
+    return {**listed, "media": [name for name in MEDIA_FIELDS if getattr(request, name) is not None]}
 
 
 def _request(task: str, values: Mapping[str, Any]) -> Request:
