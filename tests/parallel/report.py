@@ -65,7 +65,8 @@ def traffic(layout: Layout, ranks: list[dict[str, Any]]) -> str:
         for shape in shapes:
             expected.update(bytes_sent(layout, rank, shape))
         inner = [kind for kind in sent if kind != "all_gather"]
-        counted = " + ".join(f"{calls[kind] // blocks} {NAMES[kind]}" for kind in inner)
+        counts = [(calls[kind] // blocks, NAMES[kind]) for kind in inner]
+        counted = " + ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in counts)
         bytes_a_block = sum(sent[kind] for kind in inner) // blocks
         rows.append((bytes_a_block, counted, sum(expected.values()) // blocks))
     most, counted, formula = max(rows)
