@@ -255,7 +255,11 @@ def attention(arguments: argparse.Namespace) -> None:
         for kernel in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
             chosen = getattr(SDPBackend, kernel)
             with sdpa_kernel(chosen):
-                if torch._fused_sdp_choice(*views) != chosen.value:
+                try:
+                    taken = torch._fused_sdp_choice(*views)
+                except RuntimeError:  # no kernel that is allowed here takes them
+                    taken = None
+                if taken != chosen.value:
                     print(f"{kernel:20} {heads:5} x {size:4} does not take these")
                     continue
                 out, lse = attention_with_lse(q, k, v)
