@@ -197,6 +197,20 @@ def test_another_parallel_for_a_frozen_plan_is_judged_by_its_shapes_without_read
         build(job(source, **rooms, parallel={"ulysses": 3}), objects)
 
 
+def test_auto_is_refused_for_a_plan_that_did_not_keep_its_shapes(source: Path, wan: Path, objects: Objects) -> None:
+    dataset(source, {"prompt": ["a"]})
+    rooms: dict[str, Any] = {"model": {"family": "auto", "checkpoint": str(wan)}}
+    rooms["parallel"] = {"gpu": "L4", "degree": "auto"}
+    config = job(source, **rooms)
+    frozen = build(config, objects).plan
+    settled = placing.settled([frozen], config, 8)
+    assert settled is not None and settled.parallel["context"] == 8, "one item, eight GPUs"
+    older = replace(frozen, estimate={"shapes": [{"shape": "s", "items": 1, "tokens": 1, "tflops_per_item": 1.0}]})
+    with pytest.raises(ConfigError, match="did not keep its shapes"):
+        placing.settled([older], config, 8)
+    assert placing.settled([older], job(source, model=rooms["model"]), 8) is None, "a GPU each needs none"
+
+
 def test_shapes_of_media_and_lists_come_back_from_an_estimate_as_they_were() -> None:
     request = replace(
         REQUEST,

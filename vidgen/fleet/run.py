@@ -25,7 +25,7 @@ from vidgen.fleet.observer import Observer
 from vidgen.fleet.opening import Run, deadline_of, prepare
 from vidgen.fleet.progress import Progress
 from vidgen.fleet.replica import Settings
-from vidgen.plan import placing
+from vidgen.plan import model, placing
 from vidgen.plan.cost import device_problem
 from vidgen.store import epochs, state
 from vidgen.store.objects import Objects

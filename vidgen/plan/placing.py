@@ -47,7 +47,13 @@ def settled(plans: Sequence[Plan], config: JobConfig, gpus: int) -> Placement | 
     GPU of its own. ConfigError where that cannot work."""
     if is_single(to_dict(config)["parallel"]):
         return None
-    return placement(config, resolve(config)).settled(planned(plans), gpus)
+    found, shapes = placement(config, resolve(config)), planned(plans)
+    if found.auto and not shapes:
+        raise ConfigError(
+            f"parallel.degree: auto: this plan was made by vidgen {plans[-1].vidgen_version}, which did not keep its "
+            "shapes; allowed: null, or a whole number"
+        )
+    return found.settled(shapes, gpus)
 
 
 def check(plans: Sequence[Plan], config: JobConfig) -> None:
