@@ -115,7 +115,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(smallest: str, override: st
     "override",
     [
         "engine.quantization=fp8",
-        "engine.offload=model",
+        "engine.offload=sequential",
         "engine.compile=on",
         "engine.attention=sage",
         "model.pipeline=WanPipeline",

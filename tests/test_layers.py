@@ -30,7 +30,7 @@ LAYERS = [
     {"conditioning"},
     {"media"},
     {"config", "where", "identity", "nn", "sampling", "text", "checkpoint", "memory", "placement"},
-    {"config_rules", "formats", "redaction", "tokens", "parallel", "family", "specs", "device"},
+    {"config_rules", "formats", "redaction", "tokens", "parallel", "family", "specs", "device", "residency"},
     {"types", "errors"},
 ]
 """Rooms from top to bottom; a room imports itself and what is below it."""
@@ -122,8 +122,8 @@ def test_every_room_has_its_layer() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_only_the_fleets_cluster_and_its_exporter_of_metrics_import_ray(module: str) -> None:
-    if module not in ("vidgen.fleet.cluster", "vidgen.fleet.exporter"):
+def test_only_the_fleets_cluster_its_actors_and_its_exporter_of_metrics_import_ray(module: str) -> None:
+    if module not in ("vidgen.fleet.cluster", "vidgen.fleet.actors", "vidgen.fleet.exporter"):
         assert "ray" not in outside(module)
 
 

@@ -57,7 +57,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
 AVAILABLE: Mapping[str, tuple[Any, ...]] = {
     "model.pipeline": (None,),
     "model.options": ({},),
-    "engine.offload": ("none",),
+    "engine.offload": ("none", "model"),
     "engine.quantization": (None,),
     "engine.compile": ("auto", "off"),
     "engine.attention": ("auto",),

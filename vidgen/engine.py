@@ -187,7 +187,7 @@ def _native(
 ) -> Loop:
     """The native loop over the family's `pipeline.py`."""
     _refuse(quantization=(settings.quantization, (None,)), compile=(settings.compile, ("auto", "off")))
-    _refuse(attention=(settings.attention, ("auto", "sdpa")), offload=(settings.offload, ("none",)))
+    _refuse(attention=(settings.attention, ("auto", "sdpa")), offload=(settings.offload, ("none", "model")))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     pipeline = importlib.import_module(f"vidgen.models.{settings.family}.pipeline")
@@ -195,8 +195,11 @@ def _native(
         gang = None
     device = device_named(settings.device) if gang is None or settings.device != "auto" else gang.device
     first = gang is None or gang.first  # who alone reads texts and pictures
-    loaded = pipeline.load(folder, params, task=settings.task, dtype=settings.dtype, device=device, first=first)
-    return Loop(loaded, lambda request: spec.batch_key(request, params), ALONE if gang is None else gang)
+    offload = settings.offload == "model"
+    room = torch.device("cpu") if offload else device  # where all of it fits
+    loaded = pipeline.load(folder, params, task=settings.task, dtype=settings.dtype, device=room, first=first)
+    loaded.device = device
+    return Loop(loaded, lambda request: spec.batch_key(request, params), ALONE if gang is None else gang, offload)
 
 
 def _refuse(**options: tuple[Any, tuple[Any, ...]]) -> None:

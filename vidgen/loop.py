@@ -5,6 +5,7 @@ Refuses to know any model (a family's `pipeline.py` has it), where weights come 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections import Counter, OrderedDict
@@ -23,6 +24,7 @@ from vidgen.conditioning import read as read_media
 from vidgen.device import memory_errors
 from vidgen.errors import Cancelled, ItemError
 from vidgen.parallel import ALONE, ContextParallel, Ranks
+from vidgen.residency import Residency
 from vidgen.sampling.step import Draws, Guidance, History, Sampler, Schedule, Start, guide
 from vidgen.types import Hooks, Request, Video
 
@@ -191,21 +193,41 @@ def groups(
 
 
 class Loop:
-    """A family's pipeline, run: batches of requests in, videos out. Keeps encoded prompts between calls.
+    """A family's pipeline, run: batches of requests in, videos out. Keeps encoded prompts between calls. With `offload`
+    each component is on the device only while it works.
 
     Each rank of a gang has a loop, and gets the same requests. Rank 0 alone reads media, encodes and begins; all have
     the same latents; rank 0 alone has frames, and the others take part in their making by reading their empty chunks.
     """
 
-    def __init__(self, pipeline: Pipeline, batch_key: Callable[[Request], str], ranks: Ranks = ALONE) -> None:
-        self.pipeline, self.batch_key, self.ranks = pipeline, batch_key, ranks
+    def __init__(
+        self, pipeline: Pipeline, batch_key: Callable[[Request], str], ranks: Ranks = ALONE, offload: bool = False
+    ) -> None:
+        self.pipeline, self.batch_key, self.ranks, self.offload = pipeline, batch_key, ranks, offload
         self._texts: OrderedDict[str, Text] = OrderedDict()
+        self.residency = Residency(pipeline, pipeline.device)
+        self._spare(())
 
     def generate(self, requests: Sequence[Request], hooks: Hooks, batch: int | None = None) -> Iterator[Video]:
         """One video a request, in order. Consecutive requests of one batch key, at most `batch` (None: all of them),
         take one forward a step and branch together. A video's chunks are decoded as they are read."""
         for group in groups(requests, self.batch_key, batch):
             yield from self._batch(group, hooks)
+
+    def _spare(self, rungs: Sequence[str]) -> None:
+        """Frees what the rungs of the memory ladder say: what is kept between batches; components that do not work."""
+        if "caches" in rungs:
+            self._texts.clear()
+            forget = getattr(self.pipeline, "forget", None)
+            if forget is not None:
+                forget()
+        sparing = self.offload or "offload" in rungs
+        if sparing != self.residency.sparing:
+            self.residency.spare() if sparing else self.residency.settle()
+        if rungs:
+            gc.collect()
+            if self.pipeline.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _batch(self, requests: Sequence[Request], hooks: Hooks) -> Iterator[Video]:
         with memory_errors(self.pipeline.device, f"a batch of {len(requests)}: {_shape(requests[0])}"):
@@ -229,9 +251,13 @@ class Loop:
     ) -> tuple[torch.Tensor, Draws, dict[str, float], dict[str, int]]:
         clock = _Clock(self.pipeline.device)
         hooks.progress("encode", 0, 1)
+        if self.ranks.rank == 0:
+            self._spare(hooks.rungs)
         schedule = self.pipeline.schedule(requests[0])
         draws = Draws([request.seed for request in requests])
-        start, state, encoded = self.ranks.agree(lambda: self._begun(requests, schedule, draws, hooks))
+        start, state, encoded, rungs = self.ranks.agree(lambda: self._begun(requests, schedule, draws, hooks))
+        if self.ranks.rank != 0:
+            self._spare(rungs)
         draws.restore(state.generators)
         hooks.progress("encode", 1, 1)
         seconds = {"encode": clock.lap()}
@@ -242,12 +268,13 @@ class Loop:
 
     def _begun(
         self, requests: Sequence[Request], schedule: Schedule, draws: Draws, hooks: Hooks
-    ) -> tuple[Start, State, int]:
-        """Where the batch begins, where to go on from, and how many prompts were encoded for it."""
+    ) -> tuple[Start, State, int, tuple[str, ...]]:
+        """Where the batch begins, where to go on from, how many prompts were encoded for it, and how sparing all ranks
+        are to be."""
         media = [read_media(request) for request in requests]
         texts, encoded = self._encode(requests, media)
         start = self.pipeline.begin(requests, media, texts, schedule, draws)
-        return start, self._resumed(requests, start, schedule, draws, hooks), encoded
+        return start, self._resumed(requests, start, schedule, draws, hooks), encoded, hooks.rungs
 
     def _encode(self, requests: Sequence[Request], media: Sequence[Conditioning]) -> tuple[dict[str, list[Text]], int]:
         """Encoded prompts of each branch, one a request, and how many were not in the cache."""

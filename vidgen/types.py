@@ -98,7 +98,8 @@ class Record:
     """The terminal state of one item: what a commit object holds, and what the manifest adds to the plan.
 
     `status` is done, failed or quarantined. Seconds are wall time; `*_at` are seconds since the epoch. `threads` are
-    torch's, 0 where that was left to it.
+    torch's, 0 where that was left to it; `rungs` what it took to fit it into memory, in the words of
+    `vidgen.fleet.judgement.LADDER`.
     """
 
     item_id: str
@@ -127,6 +128,7 @@ class Record:
     write_started_at: float = 0.0
     created_at: float = 0.0
     vidgen_version: str = ""
+    rungs: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -221,12 +223,14 @@ class Hooks:
     `progress(stage, step, steps)` is called at each stage and denoising step and is the heartbeat; `cancelled()` is
     asked between steps, and True ends the batch with `errors.Cancelled`; `save(state)` is offered the loop's state
     (step, latents, history, generator states) after each step, `resume(requests)` may give one back before the first.
+    `rungs` says how sparing with memory to be (of `vidgen.fleet.judgement.LADDER`); none changes pixels.
     """
 
     progress: Callable[[str, int, int], None] = lambda stage, step, steps: None
     cancelled: Callable[[], bool] = lambda: False
     save: Callable[[Any], None] | None = None
     resume: Callable[[Any], Any] = lambda requests: None
+    rungs: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

@@ -34,7 +34,7 @@ class InlineFleet:
         self.waiting: list[ev.Event] = []
         self.sent: list[tuple[str, tuple[ev.Work, ...]]] = []
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, avoid: Sequence[str] = ()) -> None:
         worker = Worker(name, f"node{len(self.workers) % self.nodes}", self.settings)
         self.workers[name], self.last[name] = worker, None
         self.waiting.append(ev.ReplicaReady(name, worker.start()))

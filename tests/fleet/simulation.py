@@ -21,7 +21,9 @@ def item(ordinal: int, shape: str = "a", priority: int = 0, flops: float = 1.0) 
 
 @dataclass
 class Behaviour:
-    """What goes wrong: items that always fail or always kill their replica, and the share of random mishaps."""
+    """What goes wrong: items that always fail or always kill their replica, and the share of random mishaps. `needs`:
+    the rung of the memory ladder that an item needs ("more": it fits on none). `sick`: a node whose storage always
+    fails; `barren`: one on which no replica starts."""
 
     bad: set[int] = field(default_factory=set)
     killers: set[int] = field(default_factory=set)
@@ -30,6 +32,9 @@ class Behaviour:
     node_loss: float = 0.0
     storage: float = 0.0
     nodes: int = 2
+    needs: dict[int, str] = field(default_factory=dict)
+    sick: str = ""
+    barren: str = ""
 
 
 class Simulation:
@@ -57,8 +62,13 @@ class Simulation:
         self.starting: list[str] = []
         self.now = 0.0
         self.steps = 0
-        self.dispatcher = Dispatcher(rules, [f"r{i}" for i in range(replicas)])
+        self.dispatcher = Dispatcher(rules, [*(f"r{i}" for i in range(replicas)), *rules.band_of])
         self.starting = list(self.dispatcher.replicas)
+        self.place = {name: f"n{int(name[1:]) % behaviour.nodes}" for name in self.starting}
+        self.said: list[str] = []
+        self.climbed: list[ev.Evidence] = []
+        self.killed: dict[str, list[str]] = {}
+        self.on_node: Counter[str] = Counter()
         self.largest = 0
         self.queue: list[ev.Event] = []
         self.sends: list[ev.Send] = []
@@ -87,6 +97,7 @@ class Simulation:
                     assert work.item.item_id not in flying, "an item flies twice at once"
                     assert work.item.item_id not in self.committed, "a settled item is sent"
                 assert len({w.item.batch_key for w in action.works}) == 1, "a batch of two shapes"
+                assert len(action.works) == 1 or not any(w.rungs for w in action.works), "one on the ladder has company"
                 self.largest = max(self.largest, len(action.works))
                 self.queues.get(action.replica, []).append(action)  # lost with a replica whose death is not known yet
                 self.sends.append(action)
@@ -94,18 +105,28 @@ class Simulation:
                 self.queue.append(ev.Looked(action.item_id, self.committed.get(action.item_id)))
             case ev.Evidence():
                 self.evidence[action.item_id] += action.count
+                if action.next:
+                    assert action.count == 0, "a rung counts"
+                    self.climbed.append(action)
             case ev.Settle():
                 assert action.task.item_id not in self.committed, "settled twice"
                 self.committed[action.task.item_id] = self.record(action.task.item, action.status)
             case ev.Replace():
+                assert not self.queues.pop(action.replica, []), "a replica with work is replaced"
+                nodes = [f"n{i}" for i in range(self.behaviour.nodes)]
+                if self.place[action.replica] in action.avoid:
+                    self.place[action.replica] = next((n for n in nodes if n not in action.avoid), nodes[0])
                 self.starting.append(action.replica)
             case ev.Refill():
-                given, self.todo = self.todo[: action.items], self.todo[action.items :]
-                self.queue.append(ev.Offered(tuple(given), exhausted=not self.todo))
+                todo = self.todo if action.band == 0 else []
+                given, todo[:] = todo[: action.items], todo[action.items :]
+                self.queue.append(ev.Offered(tuple(given), not todo, action.band))
             case ev.Recall():
                 for send in self.queues.get(action.replica, [])[1:]:
                     self.queue.append(ev.BatchReturned(action.replica, send.batch))
                 self.queues[action.replica] = self.queues.get(action.replica, [])[:1]
+            case ev.Say():
+                self.said.append(action.text)
             case ev.Finish():
                 pass
 
@@ -115,8 +136,11 @@ class Simulation:
     def something_happens(self) -> list[ev.Event]:
         if self.starting:
             name = self.starting.pop()
+            node = self.place[name]
+            if node == self.behaviour.barren:
+                return [ev.ReplicaLost(name, "start", "no driver", node)]
             self.queues[name] = []
-            return [ev.ReplicaReady(name, f"n{int(name[1:]) % self.behaviour.nodes}")]
+            return [ev.ReplicaReady(name, node)]
         busy = sorted(name for name, sends in self.queues.items() if sends)
         if not busy:
             self.now += 10
@@ -128,18 +152,25 @@ class Simulation:
         send = self.queues[name].pop(0)
         behaviour = self.behaviour
         happened: list[ev.Event] = []
+        node = self.place[name]
+        if any(not self.fits(work, name, send) for work in send.works):
+            self.runs.update(work.item.item_id for work in send.works)
+            failed = [ev.ItemFailed(name, w.item.item_id, "capacity", "out of memory", "oom") for w in send.works]
+            return [*failed, ev.BatchGenerated(name, send.batch)]
         for work in send.works:
             self.runs[work.item.item_id] += 1
+            self.on_node[node] += 1
             chance = self.random.random()
             if work.item.ordinal in behaviour.killers or chance < behaviour.crash:
                 if self.random.random() < behaviour.lost_commit:
                     self.committed[work.item.item_id] = self.record(work.item)
                 del self.queues[name]
+                self.killed.setdefault(work.item.item_id, []).append(node)
                 return [*happened, ev.ReplicaLost(name, "crash", "killed")]
             if chance < behaviour.crash + behaviour.node_loss:
                 del self.queues[name]
                 return [*happened, ev.ReplicaLost(name, "node", "gone")]
-            if self.random.random() < behaviour.storage:
+            if self.random.random() < behaviour.storage or node == behaviour.sick:
                 happened.append(ev.ItemFailed(name, work.item.item_id, "infrastructure", "503", "503"))
             elif work.item.ordinal in behaviour.bad:
                 happened.append(ev.ItemFailed(name, work.item.item_id, "item", "bad row", "bad row"))
@@ -147,3 +178,15 @@ class Simulation:
                 self.committed[work.item.item_id] = self.record(work.item)
                 happened.append(ev.ItemDone(name, self.record(work.item)))
         return [*happened, ev.BatchGenerated(name, send.batch)]
+
+    def fits(self, work: ev.Work, name: str, send: ev.Send) -> bool:
+        """Whether an item fits into memory as it is run."""
+        match self.behaviour.needs.get(work.item.ordinal, ""):
+            case "":
+                return True
+            case "alone":
+                return len(send.works) == 1
+            case "gang":
+                return self.rules.degree_of.get(name, 1) > 1
+            case rung:
+                return rung in work.rungs

@@ -384,3 +384,35 @@ def test_a_saved_state_goes_on_to_the_same_bytes(name: str, loaded: Callable[[st
 def _frames(model: Engine, request: Request, hooks: Hooks) -> Iterator[np.ndarray]:
     for video in model.generate([request], hooks):
         yield np.concatenate(list(video.chunks))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sparing_memory_changes_no_bit_and_keeps_one_component_at_a_time(
+    name: str, asked: Asked, loaded: Callable[[str], Engine]
+) -> None:
+    model, made = loaded(name), asked(name)
+    loop = model.backend
+    assert isinstance(loop, Loop) and len(loop.residency.components) >= 3
+    (usual,) = frames(model, made)
+    present: list[list[str]] = []
+
+    def stepped(stage: str, step: int, steps: int) -> None:
+        if stage != "encode":
+            there = [n for n, m in loop.residency.components.items() if any(p.numel() for p in m.parameters())]
+            present.append(there)
+
+    hooks = Hooks(progress=stepped, rungs=("alone", "caches", "offload"))
+    (sparing,) = (np.concatenate(list(video.chunks)) for video in model.generate([made], hooks))
+    assert np.array_equal(usual, sparing)
+    assert all(len(there) == 1 for there in present) and len({there[0] for there in present}) >= 2
+    assert np.array_equal(usual, frames(model, made)[0]), "and afterwards all is as before"
+    assert all(p.numel() for module in loop.residency.components.values() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", FIRST.values(), ids=FIRST)
+def test_a_model_loaded_for_offload_makes_the_same_frames(
+    name: str, checkpoint: Checkpoint, asked: Asked, loaded: Callable[[str], Engine]
+) -> None:
+    sparing = engine.load(str(checkpoint(name)), task=CASES[name].task, offload="model")
+    assert isinstance(sparing.backend, Loop) and sparing.backend.residency.sparing
+    assert np.array_equal(frames(loaded(name), asked(name))[0], frames(sparing, asked(name))[0])

@@ -1,4 +1,4 @@
-"""Replicas as Ray actors. Beside `exporter.py` the only file that imports ray.
+"""Replicas as Ray actors. Beside their processes (`actors.py`) and `exporter.py` the only file that imports ray.
 
 It starts actors, hands them work and turns what becomes of them into events. A gang is several actors that are placed,
 started and lost together: to everybody else it is one replica. Refuses to decide anything: who gets what, what a death
@@ -8,7 +8,6 @@ counts and whether a replacement is wanted is the dispatcher's business. Ray nev
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import time
@@ -19,15 +18,15 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn, PlacementGroupSchedulingStrategy
 
 from vidgen.errors import ConfigError, GangError, UserError
+from vidgen.fleet.actors import ReplicaActor, StartFailed, first_line
 from vidgen.fleet.events import Event, ReplicaLost, ReplicaReady, Work
 from vidgen.fleet.formation import Formation, Node
-from vidgen.fleet.gang import BROKEN, Ending, Entry, Member, Seat, enter
-from vidgen.fleet.replica import Pulse, Settings, Worker
+from vidgen.fleet.gang import Entry, Seat
+from vidgen.fleet.replica import Pulse, Settings
 from vidgen.store.objects import new_token
-from vidgen.types import Request
 
 POLL_SECONDS = 1.0
 """How long a replica may hold a poll open when it has nothing to say."""
@@ -42,87 +41,15 @@ RENDEZVOUS_ATTEMPTS = 3
 UNREACHABLE_SECONDS = 45.0
 """How long a process may be unreachable before it counts as lost with its machine. Ray needs about 15 s to know that a
 machine is gone, and says so; a process that died alone is told at once."""
+FEWEST_START_SECONDS = 900.0
+LOAD_BYTES_PER_SECOND = 10e6
+"""A replica whose processes run is late when it is not ready after 900 s and the time to read its weights at 10 MB/s.
+Waiting for resources is not starting: that may take as long as another job holds them."""
+NODE_LABEL = "ray.io/node-id"
+AWAITED_SECONDS = 5.0
+"""How often the cluster is asked what it has free, while a replica waits."""
 BROKEN_SECONDS = 5.0
 """How long after a gang fell out of step the death of a member may be noticed as its reason."""
-
-
-class ReplicaActor:
-    """A member of a replica in a process of its own: a Worker, or (in a gang, after the first) a Member. The control
-    calls run in their own concurrency group, so they are answered while the model loads or generates."""
-
-    def __init__(self, name: str, rank: int, settings: Settings, entry: Entry) -> None:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is first imported: spinning starves neighbours
-        if settings.model.threads:
-            os.environ["OMP_NUM_THREADS"] = str(settings.model.threads)
-        self.node, self.settings, self.entry = ray.get_runtime_context().get_node_id(), settings, entry
-        self.gang: Any = None
-        self.worker = Worker(name, self.node, settings, entry) if rank == 0 else None
-        self.member = Member(f"{name}, rank {rank}", settings.model, entry) if rank else None
-
-    def sit(self) -> Place:
-        """Ready to meet the others: what takes long to import is."""
-        importlib.import_module("vidgen.parallel.gang")
-        return Place(self.node, ray.util.get_node_ip_address(), self.entry.port())
-
-    def join(self, seat: Seat) -> None:
-        self.gang = enter(self.entry, seat, self.settings.model.device)
-
-    def start(self, peers: Sequence[Any] = ()) -> str:
-        if self.worker is not None:
-            return self.worker.start(self.gang, RayPeers(peers) if peers else None)
-        assert self.member is not None
-        self.member.start(self.gang)
-        return self.node
-
-    def take_part(self, requests: Sequence[Request]) -> Ending:
-        assert self.member is not None, "rank 0 begins batches itself"
-        return self.member.take_part(requests)
-
-    def submit(self, batch: int, works: tuple[Work, ...]) -> None:
-        assert self.worker is not None
-        self.worker.submit(batch, works)
-
-    def leave(self, within: float | None) -> None:
-        assert self.worker is not None
-        self.worker.leave(within)
-
-    def poll(self, timeout: float) -> Pulse | None:
-        """A Worker's pulse; a Member shows with None that its process lives."""
-        if self.worker is not None:
-            return self.worker.poll(timeout)
-        time.sleep(timeout)
-        return None
-
-
-class RayPeers:
-    """The other members of a gang, as actors. Implements `vidgen.fleet.gang.Peers`."""
-
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._actors = actors
-        self._round: list[Any] = []
-
-    def begin(self, requests: Sequence[Request]) -> None:
-        self._round = [actor.take_part.remote(requests) for actor in self._actors]
-
-    def endings(self, timeout: float) -> list[Ending | None]:
-        running = self._round
-        done, _ = ray.wait(running, num_returns=len(running), timeout=timeout) if running else ([], [])
-        found: list[Ending | None] = []
-        for reference in running:
-            try:
-                found.append(ray.get(reference) if reference in done else None)
-            except RayError as error:
-                found.append(Ending(BROKEN, _first_line(error)))
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a member is, and what it offers if it is the first."""
-
-    node: str
-    address: str
-    port: int
 
 
 @dataclass(slots=True)
@@ -140,7 +67,8 @@ class Process:
 
 @dataclass(slots=True)
 class Handle:
-    """One replica. `stage` is what all members are being told: sit, join, start; then ready."""
+    """One replica. `stage` is what all members are being told: sit, join, start; then ready. `placed_at`: since when
+    all its processes run."""
 
     members: list[Process]
     group: Any = None
@@ -150,21 +78,32 @@ class Handle:
     pulse: Pulse | None = None
     longest_silence: float = 0.0
     broken_at: float | None = None
+    placed_at: float | None = None
 
 
 class RayFleet:
     """The actors of one run. `poll` is the only call that waits."""
 
     def __init__(
-        self, settings: Settings, formation: Formation, hang_seconds: float | None, entry: Entry | None = None
+        self,
+        settings: Settings,
+        formation: Formation,
+        hang_seconds: float | None,
+        entry: Entry | None = None,
+        weight_bytes: int = 0,
     ) -> None:
         self.settings, self.formation, self.hang_seconds = settings, formation, hang_seconds
         self.entry = entry or Entry()
         self.handles: dict[str, Handle] = {}
+        self.start_seconds = FEWEST_START_SECONDS + weight_bytes / LOAD_BYTES_PER_SECOND
+        self._awaited = ""
+        self._asked_at = 0.0
 
-    def start(self, name: str) -> None:
-        """Starts (or starts again) the replica of that name. The members of a gang get a placement group: all of them
-        or none."""
+    def start(self, name: str, avoid: Sequence[str] = ()) -> None:
+        """Starts (or starts again) the replica of that name, on a node that is not one of `avoid` if another has room.
+        The members of a gang get a placement group: all of them or none, wherever there is room."""
+        if name in self.handles:
+            self._kill(self.handles.pop(name))
         kind = self.formation.kind(name)
         group = None
         if kind.layout.size > 1:
@@ -172,7 +111,7 @@ class RayFleet:
             bundle = {resource: amount for resource, amount in bundle.items() if amount}
             group = placement_group([bundle] * kind.layout.size, strategy="STRICT_PACK" if kind.strict else "PACK")
         self.handles[name] = Handle([], group)
-        self._man(name)
+        self._man(name, avoid)
 
     def send(self, name: str, batch: int, works: tuple[Work, ...]) -> None:
         handle = self.handles.get(name)
@@ -186,8 +125,13 @@ class RayFleet:
             handle.members[0].actor.leave.options(concurrency_group="control").remote(within)
 
     def pulses(self) -> dict[str, Pulse | None]:
-        """The last sign of life of each replica; None while it starts."""
-        return {name: handle.pulse if handle.stage == "ready" else None for name, handle in self.handles.items()}
+        """The last sign of life of each replica; None while it starts, or what it waits for as its stage."""
+        waiting = {name for name, handle in self.handles.items() if _unplaced(handle)}
+        awaited = self._free() if waiting else ""
+        return {
+            name: handle.pulse if handle.stage == "ready" else self._waits(name, awaited) if name in waiting else None
+            for name, handle in self.handles.items()
+        }
 
     def poll(self, timeout: float) -> list[Event]:
         """Waits up to `timeout` seconds for any member to say something; returns what was said, and who was lost."""
@@ -219,7 +163,7 @@ class RayFleet:
 
     # ---------------------------------------------------------------- coming up
 
-    def _man(self, name: str) -> None:
+    def _man(self, name: str, avoid: Sequence[str] = ()) -> None:
         """Puts a process on each place of a replica. A gang's first sit, then meet, then load."""
         handle, size = self.handles[name], self.formation.kind(name).layout.size
         handle.stage, handle.answers, handle.members = "sit" if size > 1 else "start", {}, []
@@ -233,6 +177,9 @@ class RayFleet:
             }
             if handle.group is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(handle.group, rank)
+            elif avoid:
+                elsewhere: dict[str, Any] = {NODE_LABEL: NotIn(*avoid)}
+                options["scheduling_strategy"] = NodeLabelSchedulingStrategy(hard={}, soft=elsewhere)
             remote: Any = ray.remote(**options)(ReplicaActor)
             actor = remote.remote(name, rank, self.settings, self.entry)
             call = actor.sit.remote() if size > 1 else actor.start.remote()
@@ -263,7 +210,7 @@ class RayFleet:
             handle.stage = "ready"
             for number, process in enumerate(handle.members):
                 process.node = answers[number]
-            events.append(ReplicaReady(name, answers[0]))
+            events.append(ReplicaReady(name, answers[0], _host(answers[0])))
 
     def _meet_again(self, name: str) -> bool:
         """A gang that did not come together (a port taken by another, a member that met strangers) tries again in the
@@ -291,17 +238,18 @@ class RayFleet:
             if isinstance(error.cause, GangError) and self._meet_again(name):
                 return
             refused = isinstance(error.cause, UserError)
-            self._lose(name, "refused" if refused else "start", _cause(error), events)
+            node = getattr(error.cause, "node", "")
+            self._lose(name, "refused" if refused else "start", _cause(error), events, node)
             return
         except ActorUnschedulableError as error:
             self._lose(name, "start", str(error), events)
             return
         except ActorUnavailableError as error:
-            self._doubt(name, rank, _first_line(error), events)
+            self._doubt(name, rank, first_line(error), events)
             return
         except RayError as error:
             cause = "start" if handle.stage != "ready" else "crash" if _node_lives(process.node) else "node"
-            self._lose(name, cause, f"{_member(handle, rank)}{_first_line(error)}", events)
+            self._lose(name, cause, f"{_member(handle, rank)}{first_line(error)}", events)
             return
         if process.unreachable is not None:
             self._lose(name, "node", f"{_member(handle, rank)}what it said while it was unreachable is lost", events)
@@ -337,6 +285,10 @@ class RayFleet:
                 self._lose(name, "gang", handle.pulse.broken, events)
             return
         ready = handle.stage == "ready"
+        if not ready and self._late(handle, now):
+            place = next((process.node for process in handle.members if process.node), "")
+            self._lose(name, "late", f"it was not ready {self.start_seconds:.0f} s after it started", events, place)
+            return
         allowed = self._allowed(handle)
         unheard = [(now - process.heard, rank) for rank, process in enumerate(handle.members) if process.heard]
         silent, rank = max(unheard, default=(0.0, 0))
@@ -346,6 +298,29 @@ class RayFleet:
             gone = next((p.node for p in handle.members if ready and not _node_lives(p.node)), None)
             cause = "start" if not ready else "hang" if gone is None else "node"
             self._lose(name, cause, f"{_member(handle, rank)}no sign of life for {allowed:.0f} s", events)
+
+    def _late(self, handle: Handle, now: float) -> bool:
+        """Whether a replica has used up its time to become ready, which begins when all its processes run."""
+        if handle.placed_at is None and not _unplaced(handle):
+            handle.placed_at = now
+        return handle.placed_at is not None and now - handle.placed_at > self.start_seconds
+
+    def _waits(self, name: str, free: str) -> Pulse:
+        """What a replica waits for that has no place yet, in the place of a stage."""
+        size = self.formation.kind(name).layout.size
+        gpus, cpus = size * self.formation.gpus, size * self.formation.cpus
+        wanted = f"{gpus:g} GPU{'' if gpus == 1 else 's'}" if gpus else f"{cpus:g} CPU{'' if cpus == 1 else 's'}"
+        where = " on one node" if size > 1 and self.formation.kind(name).strict else ""
+        return Pulse((), f"waiting for {wanted}{where} ({free})", 0, 0, 0.0, 0.0, "")
+
+    def _free(self) -> str:
+        """What the cluster has free now, asked every few seconds."""
+        now = time.monotonic()
+        if not self._awaited or now - self._asked_at > AWAITED_SECONDS:
+            resource = "GPU" if self.formation.gpus else "CPU"
+            free, there = ray.available_resources().get(resource, 0), ray.cluster_resources().get(resource, 0)
+            self._awaited, self._asked_at = f"{free:g} of {there:g} free", now
+        return self._awaited
 
     def _allowed(self, handle: Handle) -> float:
         """Seconds without a sign of life. A gang that steps is judged by its own steps: one member that stands still
@@ -358,9 +333,9 @@ class RayFleet:
         pace = handle.pulse.pace if handle.pulse is not None and len(handle.members) > 1 else 0.0
         return max(FEWEST_GANG_HANG_SECONDS, HANG_STEPS * pace) if pace else least
 
-    def _lose(self, name: str, cause: str, error: str, events: list[Event]) -> None:
+    def _lose(self, name: str, cause: str, error: str, events: list[Event], node: str = "") -> None:
         self._kill(self.handles.pop(name))
-        events.append(ReplicaLost(name, cause, error))
+        events.append(ReplicaLost(name, cause, error, node))
 
     @staticmethod
     def _kill(handle: Handle) -> None:
@@ -380,20 +355,24 @@ def _member(handle: Handle, rank: int) -> str:
     return f"rank {rank}: " if len(handle.members) > 1 else ""
 
 
+def _unplaced(handle: Handle) -> bool:
+    """Whether one of its processes has not shown yet: the cluster has no room for it, or is starting it."""
+    return handle.stage != "ready" and any(process.heard is None for process in handle.members)
+
+
+def _host(node: str) -> str:
+    return next((str(entry["NodeManagerHostname"]) for entry in ray.nodes() if entry["NodeID"] == node), node)
+
+
 def _node_lives(node: str) -> bool:
     return any(entry["NodeID"] == node and entry["Alive"] for entry in ray.nodes())
 
 
 def _cause(error: RayTaskError) -> str:
     cause = error.cause
-    if isinstance(cause, UserError):
+    if isinstance(cause, (UserError, StartFailed)):
         return str(cause)
     return f"{type(cause).__name__}: {cause}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
 
 
 # ---------------------------------------------------------------- joining a cluster
@@ -411,7 +390,7 @@ def connect(address: str | None, log: Callable[[str], None]) -> None:
         address, options = (wanted, {}) if wanted else ("local", own)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RayError, ValueError) as error:
-        raise ConfigError(f"no Ray cluster at {wanted!r}: {_first_line(error)}") from error
+        raise ConfigError(f"no Ray cluster at {wanted!r}: {first_line(error)}") from error
     log(f"joined the Ray cluster at {wanted}" if wanted else "started a local Ray cluster")
 
 

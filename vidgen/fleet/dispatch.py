@@ -2,11 +2,13 @@
 
 No ray, no clock, no storage: time comes with each event, and what must be done comes out as values. It decides which
 replica gets work, what is looked up when one dies, and when the run must stop; `judgement` what a failure counts,
-`order` which item goes next.
+`order` which item goes next, `health` which node is avoided.
 """
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
 from dataclasses import dataclass, field
 
 from vidgen.fleet.events import (
@@ -25,18 +27,25 @@ from vidgen.fleet.events import (
     Replace,
     ReplicaLost,
     ReplicaReady,
+    Say,
     Send,
     StopAsked,
     Task,
     Tick,
     Work,
 )
+from vidgen.fleet.health import PAROLE_SECONDS, Health
 from vidgen.fleet.judgement import CRASH_COUNT, Judge, Withheld
-from vidgen.fleet.order import Order
+from vidgen.fleet.order import Barred, Order
 from vidgen.fleet.rules import Rules as Rules
 
 START_FAILURES = 3
-"""Replicas that may fail to start, with none ever ready, before the run stops."""
+RESTART_FAILURES = 10
+"""Starts of a band's replicas that may fail, with none of them ready, before the run stops: 3 if none ever was ready,
+else 10. As long as one of them has not failed yet, so many for each of them."""
+RESTART_BACKOFF = 2.0
+MAX_RESTART_BACKOFF = 60.0
+"""Seconds before a replica that failed to start twice is started again, doubled with each further failure."""
 
 
 @dataclass(slots=True)
@@ -62,9 +71,9 @@ class Replica:
 
 @dataclass(slots=True)
 class Starts:
-    """How the replicas of one band come up."""
+    """How the replicas of one band come up: starts that failed since one of them was ready, by replica."""
 
-    failures: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
     ever_ready: bool = False
 
 
@@ -74,13 +83,16 @@ class Dispatcher:
     def __init__(self, rules: Rules, replicas: list[str]) -> None:
         self.rules = rules
         self.replicas = {name: self._replica(name) for name in replicas}
-        self.order, self.judge = Order(rules), Judge(rules)
+        self.order, self.judge, self.health = Order(rules), Judge(rules), Health()
         self._starts = [Starts() for _ in self.order.bands]
         self._served = {replica.band for replica in self.replicas.values()}
         self.looking: dict[str, tuple[Task, ReplicaLost, bool, str]] = {}
         self.stopping: StopAsked | None = None
         self.finished: Finish | None = None
         self._number = 0
+        self._hosts: dict[str, str] = {}
+        self._restarts: list[tuple[float, str]] = []
+        self._moved: set[str] = set()
 
     # ---------------------------------------------------------------- what is where
 
@@ -115,8 +127,10 @@ class Dispatcher:
             case ReplicaReady():
                 replica = self.replicas.setdefault(event.replica, self._replica(event.replica))
                 replica.ready, replica.node = True, event.node
+                self._hosts[event.node] = event.host or event.node
                 starts = self._starts[replica.band]
-                starts.ever_ready, starts.failures = True, 0
+                starts.ever_ready = True
+                starts.failures.clear()
             case ReplicaLost():
                 self._lost(event, now, actions)
             case BatchGenerated():
@@ -174,22 +188,36 @@ class Dispatcher:
             self.finished = Finish(2, f"no replica is for items of {task.item.tokens:,} tokens")
             actions.append(self.finished)
         if self.judge.admits(task, actions):
+            self.judge.ease(task)
             self.order.add(task)
 
     def _queue(self, tasks: list[Task]) -> None:
         for task in tasks:
             self.order.add(task)
 
+    def _node(self, replica: str) -> str:
+        return self.replicas[replica].node if replica in self.replicas else ""
+
+    def _host(self, node: str) -> str:
+        return self._hosts.get(node, node)
+
     def _done(self, event: ItemDone, actions: list[Action]) -> None:
-        self._take(event.replica, event.record.item_id)
+        self.health.success(self._node(event.replica))
+        task, _ = self._take(event.replica, event.record.item_id)
         self._queue(self.judge.success(actions))
+        if task is not None and self.judge.fitted(task, actions):
+            self.order.again(self.judge.ease)
 
     def _failed(self, event: ItemFailed, now: float, actions: list[Action]) -> None:
-        node = self.replicas[event.replica].node if event.replica in self.replicas else ""
+        node = self._node(event.replica)
         task, batch = self._take(event.replica, event.item_id)
         if task is None or batch is None:
             return
-        if event.error_class in ("item", "capacity") and batch.size > 1:
+        held = Withheld(task, event.error_class, event.error, self._host(node), 1.0)
+        if event.error_class == "capacity" and self.judge.climbs(held, batch.size, actions):
+            self.judge.mark(event.signature)
+            self.order.add(task)
+        elif event.error_class in ("item", "capacity") and batch.size > 1:
             # Whose fault it was cannot be told from a batch: its items run one by one.
             self.judge.mark(event.signature)
             task.alone = True
@@ -197,8 +225,8 @@ class Dispatcher:
         elif event.error_class == "infrastructure":
             self.judge.mark(event.signature)
             self.order.add_later(task, now + self.judge.backoff(event.signature))
+            self._trouble(node, {self.replicas[event.replica].band}, now, actions)
         else:
-            held = Withheld(task, event.error_class, event.error, node, 1.0)
             self._queue(self.judge.failed(held, event.signature, actions))
 
     def _lost(self, event: ReplicaLost, now: float, actions: list[Action]) -> None:
@@ -209,15 +237,8 @@ class Dispatcher:
             self.finished = Finish(2, event.error)
             actions.append(self.finished)
             return
-        if event.cause == "start":
-            starts = self._starts[replica.band]
-            starts.failures += 1
-            if not starts.ever_ready and starts.failures >= START_FAILURES:
-                self.finished = Finish(4, f"no replica became ready: {event.error}")
-                actions.append(self.finished)
-                return
         aboard = [task for batch in replica.batches.values() for task in batch.tasks.values()]
-        if not aboard or event.cause == "gang":
+        if (not aboard and event.cause not in ("start", "late")) or event.cause == "gang":
             self.judge.mark(event.cause)
         guilty = event.cause in ("crash", "hang") and len(aboard) == 1
         for task in aboard:
@@ -225,9 +246,34 @@ class Dispatcher:
             task.alone = task.alone or event.cause in ("crash", "hang")
             self.looking[task.item_id] = (task, event, guilty, replica.node)
             actions.append(Look(task.item_id, task.generation))
+        if event.cause in ("start", "late"):
+            self._trouble(event.node, {replica.band}, now, actions)
+        elif event.cause != "node" and not any(task.killed_on - {replica.node} for task in aboard):
+            self._trouble(replica.node, {replica.band}, now, actions)
         if self.stopping is None:
             self.replicas[event.replica] = self._replica(event.replica)
-            actions.append(Replace(event.replica))
+            self._restart(event, replica.band, now, actions)
+
+    def _restart(self, event: ReplicaLost, band: int, now: float, actions: list[Action]) -> None:
+        """A replacement, at once or after a while; or the end of the run, if none of the band comes up."""
+        if event.cause not in ("start", "late"):
+            actions.append(Replace(event.replica, tuple(sorted(self.health.avoided()))))
+            return
+        starts = self._starts[band]
+        starts.failures[event.replica] += 1
+        mates = [replica for replica in self.replicas.values() if replica.band == band]
+        allowed = RESTART_FAILURES if starts.ever_ready else START_FAILURES
+        if any(mate.name not in starts.failures for mate in mates):
+            allowed *= len(mates)
+        hopeless = event.cause == "late" and not starts.ever_ready
+        if not any(mate.ready for mate in mates) and (hopeless or starts.failures.total() >= allowed):
+            again = "again" if starts.ever_ready else ""
+            self.finished = Finish(4, f"no replica became ready {again}".rstrip() + f": {event.error}")
+            actions.append(self.finished)
+            return
+        times = starts.failures[event.replica]
+        delay = min(MAX_RESTART_BACKOFF, RESTART_BACKOFF ** (times - 1)) if times > 1 else 0.0
+        heapq.heappush(self._restarts, (now + delay, event.replica))
 
     def _looked(self, event: Looked, now: float, actions: list[Action]) -> None:
         task, lost, blamed, node = self.looking.pop(event.item_id)
@@ -236,10 +282,47 @@ class Dispatcher:
         elif blamed:
             task.killed_on.add(node)
             error = f"the replica was lost ({lost.cause}): {lost.error}"
-            held = Withheld(task, "replica", error, node, CRASH_COUNT)
+            held = Withheld(task, "replica", error, self._host(node), CRASH_COUNT)
             self._queue(self.judge.failed(held, lost.cause, actions))
         else:
             self.order.add(task)
+
+    # ---------------------------------------------------------------- nodes
+
+    def _trouble(self, node: str, bands: set[int], now: float, actions: list[Action]) -> None:
+        """A trouble of a node, which may be avoided from now on: if replicas of every band it serves are ready on
+        others."""
+        self.health.trouble(node)
+        bands = bands | {replica.band for replica in self.replicas.values() if replica.node == node}
+        avoided = self.health.avoided() | {node, ""}
+        others = [replica for replica in self.replicas.values() if replica.ready and replica.node not in avoided]
+        if not node or not bands <= {replica.band for replica in others}:
+            return
+        if why := self.health.judge(node, {replica.node for replica in others}, now):
+            text = f"node {self._host(node)} gets no new items for {PAROLE_SECONDS / 60:.0f} minutes: {why}"
+            actions.append(Say(text, f"node {node}"))
+
+    def _usable(self) -> list[Replica]:
+        """Replicas that are ready, those on avoided nodes only where no other of their band is."""
+        ready = [replica for replica in self.replicas.values() if replica.ready]
+        avoided = self.health.avoided()
+        served = {replica.band for replica in ready if replica.node not in avoided}
+        return [replica for replica in ready if replica.node not in avoided or replica.band not in served]
+
+    def _move(self, now: float, actions: list[Action]) -> None:
+        """Replicas that have nothing to do on an avoided node are started again, elsewhere if there is room, once."""
+        for node in self.health.release(now):
+            self._moved.clear()
+            actions.append(Say(f"node {self._host(node)} is tried again"))
+            actions.append(Say("", f"node {node}"))
+        avoided = self.health.avoided()
+        usable = {replica.name for replica in self._usable()} if avoided else set()
+        for name, replica in list(self.replicas.items()):
+            idle = replica.ready and replica.node in avoided and name not in usable and not replica.batches
+            if idle and name not in self._moved and self.rules.degree_of.get(name, 1) == 1:
+                self._moved.add(name)
+                self.replicas[name] = self._replica(name)
+                actions.append(Replace(name, tuple(sorted(avoided))))
 
     # ---------------------------------------------------------------- decisions
 
@@ -252,6 +335,9 @@ class Dispatcher:
             return
         self.order.release(now)
         if self.stopping is None:
+            self._move(now, actions)
+            while self._restarts and self._restarts[0][0] <= now:
+                actions.append(Replace(heapq.heappop(self._restarts)[1], tuple(sorted(self.health.avoided()))))
             self._assign(actions)
             for number, band in enumerate(self.order.bands):
                 if room := self.order.room(number):
@@ -274,31 +360,41 @@ class Dispatcher:
             actions.append(self.finished)
 
     def _assign(self, actions: list[Action]) -> None:
-        ready = [replica for replica in self.replicas.values() if replica.ready]
+        ready = self._usable()
+        count = Counter(replica.band for replica in ready)
+        nodes = {band: {replica.node for replica in ready if replica.band == band} for band in count}
         for depth in range(1 + self.rules.prefetch):
             for replica in sorted(ready, key=Replica.waiting):
                 if replica.waiting() <= depth:
-                    batch = self._next_batch(replica, sum(other.band == replica.band for other in ready))
+                    batch = self._next_batch(replica, count[replica.band], _barred(replica, nodes[replica.band]))
                     if batch is not None:
                         replica.batches[batch.number] = batch
-                        works = tuple(Work(t.item, t.generation, t.attempt) for t in batch.tasks.values())
+                        works = tuple(
+                            Work(t.item, t.generation, t.attempt, rungs=t.rungs) for t in batch.tasks.values()
+                        )
                         actions.append(Send(replica.name, batch.number, works))
 
-    def _next_batch(self, replica: Replica, ready: int) -> Batch | None:
+    def _next_batch(self, replica: Replica, ready: int, barred: Barred) -> Batch | None:
         """The next items for a replica. An item that must fly alone has a replica to itself, nothing prefetched behind
-        it, so that a crash has one suspect; one from a driver that died, the driver's whole machine."""
-        first = self.order.first(replica.band)
+        it, so that a crash has one suspect; one from a driver that died, the driver's whole machine. One that killed a
+        replica goes to another node, if there is one."""
+        first = self.order.first(replica.band, barred)
         if first is None or (replica.batches and (first.alone or first.suspect or _flies_alone(replica))):
             return None
         if replica.node == self.rules.own_node:
             aboard = self._aboard(replica.node)
             if any(task.suspect for task in aboard) or (first.suspect and aboard):
                 return None
-        tasks = self.order.take(replica.band, ready)
+        tasks = self.order.take(replica.band, ready, barred)
         for task in tasks:
             task.attempt += 1
         self._number += 1
         return Batch(self._number, {task.item_id: task for task in tasks}, size=len(tasks))
+
+
+def _barred(replica: Replica, nodes: set[str]) -> Barred:
+    """Which items a replica may not have: those that killed one on its node, while another node has not had them."""
+    return lambda task: replica.node in task.killed_on and not nodes <= task.killed_on
 
 
 def _flies_alone(replica: Replica) -> bool:

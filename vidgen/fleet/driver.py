@@ -36,7 +36,7 @@ POLL_SECONDS = 0.25
 class Fleet(Protocol):
     """Replicas, wherever they run: `vidgen.fleet.cluster.RayFleet`."""
 
-    def start(self, name: str) -> None: ...
+    def start(self, name: str, avoid: Sequence[str] = ()) -> None: ...
     def send(self, name: str, batch: int, works: tuple[ev.Work, ...]) -> None: ...
     def recall(self, name: str, within: float | None = None) -> None: ...
     def pulses(self) -> dict[str, Pulse | None]: ...
@@ -95,6 +95,7 @@ class Driver:
         self.counts: dict[str, float] = {}
         self.tasks: list[Iterator[ev.Task]] = []
         self.saves = Saves(objects, lease.check)
+        self.notes: dict[str, str] = {}
         self.interrupt = Interrupt()
         self.observer = Observer(progress)
         self._stopping_until: float | None = None
@@ -146,7 +147,7 @@ class Driver:
             case ev.Recall():
                 self.fleet.recall(action.replica, action.within)
             case ev.Replace():
-                self.fleet.start(action.replica)
+                self.fleet.start(action.replica, action.avoid)
             case ev.Look():
                 record = commits.read_commit(self.objects, action.generation, action.item_id)
                 if record is not None:
@@ -158,16 +159,26 @@ class Driver:
                 attempt = commits.Attempt(
                     action.item_id, action.generation, action.error_class, action.count, new_token()
                 )
-                commits.record_attempt(
-                    self.objects, attempt, {"error": action.error, "node": action.node, "at": time.time()}
-                )
+                evidence = {"error": action.error, "node": action.node, "at": time.time()}
+                ladder = {"rungs": ", ".join(action.rungs), "next": action.next} if action.rungs or action.next else {}
+                commits.record_attempt(self.objects, attempt, {**evidence, **ladder})
             case ev.Settle():
                 self._give_up(action)
             case ev.Refill():
                 tasks = tuple(itertools.islice(self.tasks[action.band], action.items))
                 self._queue.append(ev.Offered(tasks, len(tasks) < action.items, action.band))
+            case ev.Say():
+                self._say(action)
             case ev.Finish():
                 pass
+
+    def _say(self, said: ev.Say) -> None:
+        if said.text:
+            self.progress.say(f"note: {said.text}")
+        if said.key:
+            self.notes.pop(said.key, None)
+        if said.key and said.text:
+            self.notes[said.key] = said.text
 
     def _give_up(self, action: ev.Settle) -> None:
         task = action.task
@@ -179,6 +190,8 @@ class Driver:
             attempt=task.attempt,
             error_class=action.error_class,
             error=action.error,
+            node=action.node,
+            rungs=", ".join(task.rungs),
             created_at=time.time(),
             vidgen_version=VERSION,
         )
@@ -306,6 +319,7 @@ class Driver:
             gpu_seconds=self.gpu_seconds(),
             state=state or ("stopping" if self.dispatcher.stopping else "running"),
             replicas=states,
+            notes=list(self.notes.values()),
         )
 
     # ---------------------------------------------------------------- the end

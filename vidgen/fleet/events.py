@@ -12,7 +12,10 @@ from vidgen.types import Item, Record
 @dataclass(slots=True)
 class Task:
     """An item on its way to a terminal state. `count` is what its failed attempts weigh, `attempt` how often it was
-    started, `suspect` that it was in flight when a driver died, `alone` that it must not share a batch."""
+    started, `suspect` that it was in flight when a driver died, `alone` that it must not share a batch, `killed_on` the
+    nodes on which it killed a replica. `place` is where the run's order has it; items of one place are told apart by
+    their length. `rungs` are those of the memory ladder it has climbed, `band` whose replicas it goes to where that is
+    not the band of its size."""
 
     item: Item
     generation: int = 0
@@ -22,6 +25,9 @@ class Task:
     alone: bool = False
     killed_on: set[str] = field(default_factory=set)
     not_before: float = 0.0
+    place: int = 0
+    rungs: tuple[str, ...] = ()
+    band: int | None = None
 
     @property
     def item_id(self) -> str:
@@ -30,12 +36,14 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One item as a replica gets it. `saved`: a state to go on from lies in the store, as far as the driver knows."""
+    """One item as a replica gets it. `saved`: a state to go on from lies in the store, as far as the driver knows.
+    `rungs`: how sparing with memory its engine is to be."""
 
     item: Item
     generation: int
     attempt: int
     saved: bool = False
+    rungs: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- events
@@ -52,18 +60,23 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReady:
+    """`node` is the cluster's id of its machine, `host` the name that people know it by."""
+
     replica: str
     node: str
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLost:
     """`cause` is crash, hang, node (its machine went away), gang (its members fell out of step, and none of them
-    died), start (it never became ready) or refused (it may not run: another checkpoint, an output it cannot see)."""
+    died), start (it failed before it was ready), late (it was not ready within its budget) or refused (it may not run:
+    another checkpoint, an output it cannot see). `node`: where it was to start, if that is known."""
 
     replica: str
     cause: str
     error: str
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +189,11 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Start a new replica in the place of one that was lost."""
+    """Start a new replica in the place of one that was lost, or that is to leave its node. `avoid`: nodes to stay away
+    from if there is room elsewhere."""
 
     replica: str
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +206,8 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Record a failed attempt, durable; `count` 0 while it is withheld."""
+    """Record a failed attempt, durable; `count` 0 while it is withheld, and where it counts nothing. `rungs` are those
+    of the memory ladder it stood on, `next` the one it climbs to."""
 
     item_id: str
     generation: int
@@ -199,6 +215,8 @@ class Evidence:
     count: float
     error: str
     node: str
+    rungs: tuple[str, ...] = ()
+    next: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +227,7 @@ class Settle:
     status: str
     error_class: str
     error: str
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +239,15 @@ class Refill:
 
 
 @dataclass(frozen=True, slots=True)
+class Say:
+    """Tell whoever watches. What has a `key` holds for a while, and `vidgen status` shows it: until another text of
+    that key takes its place, or none (an empty one)."""
+
+    text: str
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Nothing is left to do, or nothing may be done. `code` None: the items' states decide (0 or 3)."""
 
@@ -227,4 +255,4 @@ class Finish:
     reason: str
 
 
-Action = Send | Recall | Replace | Look | Evidence | Settle | Refill | Finish
+Action = Send | Recall | Replace | Look | Evidence | Settle | Refill | Say | Finish

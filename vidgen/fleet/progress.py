@@ -66,6 +66,8 @@ class Snapshot:
     cost: float | None = None
     replicas: list[ReplicaState] = field(default_factory=list)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What holds now and a person should know: a node that is avoided, a shape that does not fit as others do."""
     updated_at: float = field(default_factory=time.time)
 
 
@@ -178,4 +180,4 @@ def panel(snapshot: Snapshot) -> Group:
         replicas.add_row("", f"and {len(snapshot.replicas) - 16} more replicas")
     bar = Table.grid()
     bar.add_row(ProgressBar(total=max(1, snapshot.total), completed=settled, width=80))
-    return Group(head, bar, replicas)
+    return Group(head, bar, replicas, *(Text(f"  {note}", "yellow") for note in snapshot.notes[:4]))

@@ -254,7 +254,7 @@ class Worker:
         if self._watch is not None:
             self._watch.begin(requests)
         keeper = self._keeper
-        hooks = Hooks(self._progress, self._cancelled, save=keeper.save, resume=keeper.resume)
+        hooks = Hooks(self._progress, self._cancelled, save=keeper.save, resume=keeper.resume, rungs=group[0].rungs)
         videos = self._engine.generate(requests, hooks)
         for video, work in zip(videos, group, strict=True):
             self._current = work.item.item_id
@@ -355,6 +355,7 @@ class Worker:
             write_started_at=write_started_at,
             created_at=time.time(),
             vidgen_version=VERSION,
+            rungs=", ".join(work.rungs),
         )
         ours, truth = commits.commit(self.objects, record, self.token)
         if ours and self.objects.size(path) != encoded.bytes:

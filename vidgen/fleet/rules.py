@@ -14,7 +14,9 @@ class Rules:
 
     `bands`: token counts, rising. Items of at most the first are of band 0, above it of band 1, and so on; `band_of`
     says which band a replica serves (0 where it says nothing), and an item goes to replicas of its own band only.
-    `degree_of`: members of a replica, where it is a gang."""
+    `degree_of`: members of a replica, where it is a gang.
+
+    `rungs`: what an engine of this run can do to need less memory, of `judgement.LADDER`."""
 
     max_attempts: int = 3
     breaker_failures: int = 50
@@ -26,7 +28,14 @@ class Rules:
     bands: tuple[int, ...] = ()
     band_of: Mapping[str, int] = field(default_factory=dict)
     degree_of: Mapping[str, int] = field(default_factory=dict)
+    rungs: tuple[str, ...] = ()
 
     def band(self, tokens: int) -> int:
         """The band of an item of so many tokens."""
         return bisect.bisect_left(self.bands, tokens)
+
+    def wider(self, band: int) -> int | None:
+        """The band whose replicas have the fewest members above those of this band; None if none has more."""
+        degrees = {self.band_of.get(name, 0): degree for name, degree in self.degree_of.items()}
+        larger = {degree: other for other, degree in degrees.items() if degree > degrees.get(band, 1)}
+        return larger[min(larger)] if larger else None

@@ -91,7 +91,8 @@ def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress,
         for note in replicas.notes:
             progress.say(f"note: {note}")
         progress.say(f"replicas on {settings.model.device}: {replicas}; {settings.model.threads or 'all'} threads each")
-        fleet = cluster.RayFleet(settings, replicas, run.config.run.hang_seconds)
+        weights = int(run.plans[-1].estimate["weight_bytes"])
+        fleet = cluster.RayFleet(settings, replicas, run.config.run.hang_seconds, weight_bytes=weights)
         driver = Driver(run.config.name, run.objects, run.plans, held, lease, fleet, progress)
         driver.interrupt = interrupt
         meter = Meter(exporter.RaySink(run.config.name, run.objects.url))
@@ -170,6 +171,16 @@ def _rules(run: Run, settings: Settings, replicas: Formation) -> Rules:
         bands=replicas.bands,
         band_of=replicas.band_of,
         degree_of=replicas.degrees(),
+        rungs=_rungs(run, settings),
+    )
+
+
+def _rungs(run: Run, settings: Settings) -> tuple[str, ...]:
+    """What an engine of this run can do when an item does not fit into memory."""
+    if importlib.util.find_spec(f"vidgen.models.{run.plans[-1].family}.pipeline") is None:
+        return ()
+    return (
+        ("caches", "offload") if settings.model.device == "cuda" and settings.model.offload == "none" else ("caches",)
     )
 
 

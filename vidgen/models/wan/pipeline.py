@@ -72,6 +72,10 @@ class WanPipeline:
         """The only transformer, or the expert for high noise."""
         return self.experts["transformer"]
 
+    def forget(self) -> None:
+        """Lets go of what is kept from one batch to the next."""
+        self._negative = {}
+
     def texts(self, request: Request, media: Conditioning) -> dict[str, Prompt]:
         """The prompt of each branch; a guidance scale of 1 or less has no unconditional one."""
         prompts = {CONDITIONAL: Prompt(request.prompt)}
