@@ -147,6 +147,7 @@ class Driver:
             case ev.Recall():
                 self.fleet.recall(action.replica, action.within)
             case ev.Replace():
+                self._spent_before += self._busy.pop(action.replica, 0.0)
                 self.fleet.start(action.replica, action.avoid)
             case ev.Look():
                 record = commits.read_commit(self.objects, action.generation, action.item_id)
