@@ -5,6 +5,7 @@ The one place where configuration, plan, lease, cluster and driver meet. Refuses
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
