@@ -28,6 +28,7 @@ def _pack(options: argparse.Namespace) -> int:
     from vidgen.pack import job, source
     from vidgen.pack.options import options as checked
     from vidgen.report.wording import size
+    from vidgen.scheduled.packing import of_schedule
 
     wanted = checked(
         options.format, where=options.where, split=options.split, shard_size=options.shard_size, name=options.name
@@ -37,7 +38,9 @@ def _pack(options: argparse.Namespace) -> int:
         if not options.json:
             print(text, file=sys.stderr)
 
-    rows = source.of_run(options.output, partial=options.partial)
+    rows = of_schedule(options.output, partial=options.partial) or source.of_run(
+        options.output, partial=options.partial
+    )
     packed = job.pack(rows, options.dest, wanted, replace=options.replace, say=say)
     if options.json:
         print_json(asdict(packed))

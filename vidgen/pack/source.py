@@ -63,12 +63,13 @@ def of_run(output: str, *, partial: bool = False) -> Source:
         tables,
         unified(table.schema for table in tables()),
         str(plans[0].config.get("name") or "videos"),
-        tuple({_checkpoint(plan): None for plan in plans}),
+        tuple({checkpoint_of(plan): None for plan in plans}),
         f"`vidgen retry {output} --missing` reopens what is gone or damaged, `vidgen generate {output}` makes it again",
     )
 
 
-def _checkpoint(plan: Plan) -> Checkpoint:
+def checkpoint_of(plan: Plan) -> Checkpoint:
+    """What a plan's videos are made with."""
     return Checkpoint(plan.checkpoint, (plan.resolved.get("model") or {}).get("revision"), plan.checkpoint_hash)
 
 
