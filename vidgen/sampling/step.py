@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
+"""Branches of the guidance: what is predicted for the prompt, and for the negative prompt."""
 History: TypeAlias = dict[str, torch.Tensor]
 """What a sampler remembers between steps: named fp32 tensors [B, ...], so that it can be written as safetensors."""
 
@@ -114,6 +116,11 @@ class Guidance:
     branches: tuple[str, ...]
     rescale: float = 0.0
     expert: str = "transformer"
+
+
+def branches(guided: bool) -> tuple[str, ...]:
+    """Of a step with classifier-free guidance, or without."""
+    return (CONDITIONAL, UNCONDITIONAL) if guided else (CONDITIONAL,)
 
 
 def guide(

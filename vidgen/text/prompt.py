@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+
+from vidgen.sampling.step import branches
+from vidgen.types import Request
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +46,14 @@ class Text:
         """The same in another dtype."""
         pooled = None if self.pooled is None else self.pooled.to(dtype)
         return Text(self.digest, self.embedding.to(dtype), self.tokens, pooled)
+
+
+def prompts_of(request: Request, written: Callable[[str], str] = str) -> dict[str, Prompt]:
+    """The prompt of each branch, its text `written` as the family wants it; a guidance scale of 1 or less has no
+    unconditional one."""
+    texts = (request.prompt, request.negative_prompt)
+    names = branches(request.guidance_scale > 1)
+    return {name: Prompt(written(text)) for name, text in zip(names, texts, strict=False)}
 
 
 class Encoder(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,16 +22,15 @@ from vidgen.models.allegro.caption import prepared
 from vidgen.models.allegro.params import Params
 from vidgen.models.allegro.transformer import AllegroTransformer3DModel, TextContext
 from vidgen.models.allegro.vae import AllegroVAE
+from vidgen.nn.frames import shown
 from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.ancestral import euler, euler_ancestral, input_scale, sigma_schedule, start_sigma
 from vidgen.sampling.diffusion import alpha_bars, betas
-from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
+from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start, branches
 from vidgen.specs.limits import check_task
-from vidgen.text.prompt import Prompt, Text, encoded, padded
+from vidgen.text.prompt import Prompt, Text, encoded, padded, prompts_of
 from vidgen.text.t5 import TextEncoder, load_text_encoder
 from vidgen.types import Request
-
-CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 
 
 @dataclass
@@ -46,11 +46,7 @@ class AllegroPipeline:
 
     def texts(self, request: Request, media: Conditioning) -> dict[str, Prompt]:
         """The prompt of each branch, cleaned; a guidance scale of 1 or less has no unconditional one."""
-        clean = bool(request.param("clean_caption"))
-        prompts = {CONDITIONAL: Prompt(prepared(request.prompt, clean))}
-        if request.guidance_scale > 1:
-            prompts[UNCONDITIONAL] = Prompt(prepared(request.negative_prompt, clean))
-        return prompts
+        return prompts_of(request, partial(prepared, clean=bool(request.param("clean_caption"))))
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Each prompt's embeddings, in the dtype of the transformer."""
@@ -94,8 +90,7 @@ class AllegroPipeline:
         return self.transformer.text_context(whole, None if bool(shown.all()) else shown)
 
     def guidance(self, request: Request, schedule: Schedule, i: int) -> Guidance:
-        branches = (CONDITIONAL, UNCONDITIONAL) if request.guidance_scale > 1 else (CONDITIONAL,)
-        return Guidance(request.guidance_scale, branches)
+        return Guidance(request.guidance_scale, branches(request.guidance_scale > 1))
 
     def predict(
         self, x: Tensor, schedule: Schedule, i: int, conditioning: TextContext, cp: ContextParallel = IDENTITY
@@ -109,7 +104,7 @@ class AllegroPipeline:
         """Latents [1, z, f, h, w] of one item -> its frames as they come, [n, height, width, 3] in [0, 1], fp32."""
         wide = (1 / self.params.vae.scaling_factor * latents).to(self.dtypes["vae"])
         for chunk in self.vae.decode_chunks(wide, request.tiling, ranks=ranks):
-            yield (chunk[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
+            yield shown(chunk)
 
 
 def load(

@@ -20,14 +20,13 @@ from vidgen.models.cogvideox.params import WITH_WEIGHTS, Params
 from vidgen.models.cogvideox.spec import added_frames, latent_frames, steps
 from vidgen.models.cogvideox.transformer import CogVideoXTransformer3DModel
 from vidgen.models.cogvideox.vae import CogVideoXVAE
+from vidgen.nn.frames import shown
 from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.diffusion import add_noise, alpha_bars, betas, cogvideox_dpm, ddim, diffusion_schedule
-from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
-from vidgen.text.prompt import Prompt, Text, encoded
+from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start, branches
+from vidgen.text.prompt import Prompt, Text, encoded, prompts_of
 from vidgen.text.t5 import TextEncoder, load_text_encoder
 from vidgen.types import Request
-
-CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +52,7 @@ class CogVideoXPipeline:
 
     def texts(self, request: Request, media: Conditioning) -> dict[str, Prompt]:
         """The prompt of each branch; a guidance scale of 1 or less has no unconditional one."""
-        prompts = {CONDITIONAL: Prompt(request.prompt)}
-        if request.guidance_scale > 1:
-            prompts[UNCONDITIONAL] = Prompt(request.negative_prompt)
-        return prompts
+        return prompts_of(request)
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Each prompt's embeddings, padding included, in the dtype of the transformer."""
@@ -113,11 +109,11 @@ class CogVideoXPipeline:
         """With `use_dynamic_cfg` the scale follows CogVideoXPipeline's formula, the timestep taken as it stands."""
         scale = request.guidance_scale
         if scale <= 1:
-            return Guidance(scale, (CONDITIONAL,))
+            return Guidance(scale, branches(False))
         if request.param("use_dynamic_cfg", False):
             passed = (schedule.steps - schedule.timesteps[i]) / schedule.steps
             scale = 1 + scale * ((1 - math.cos(math.pi * passed**5.0)) / 2)
-        return Guidance(scale, (CONDITIONAL, UNCONDITIONAL))
+        return Guidance(scale, branches(True))
 
     def predict(
         self, x: Tensor, schedule: Schedule, i: int, conditioning: Condition, cp: ContextParallel = IDENTITY
@@ -132,7 +128,7 @@ class CogVideoXPipeline:
         kept = latents[:, added_frames(request, self.params) :].transpose(1, 2)
         scaled = (1 / self.vae.params.scaling_factor * kept).to(self.dtypes["vae"])
         for chunk in self.vae.decode_chunks(scaled, request.tiling, ranks=ranks):
-            yield (chunk[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
+            yield shown(chunk)
 
     def _sampled(self, clips: Sequence[Tensor | None], request: Request, draws: Draws) -> Tensor | None:
         """Latents [B, f, C, H, W] fp32, not scaled, drawn from the posterior of each item's clip [1, 3, F, H, W]."""

@@ -20,14 +20,14 @@ from vidgen.models.hunyuan import spec
 from vidgen.models.hunyuan.params import CONCAT, REPLACE, TEXT_TOKENS, WITH_WEIGHTS, Params
 from vidgen.models.hunyuan.transformer import HunyuanVideoTransformer3DModel, TextContext
 from vidgen.models.hunyuan.vae import HunyuanVAE
+from vidgen.nn.frames import shown
 from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.flow import euler, euler_schedule
-from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
+from vidgen.sampling.step import CONDITIONAL, UNCONDITIONAL, Draws, Guidance, Sampler, Schedule, Start, branches
 from vidgen.text.llama_clip import LlamaClipEncoder, PicturePrompt, load_llama_clip
 from vidgen.text.prompt import Prompt, Text, encoded
 from vidgen.types import Request
 
-CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 NOISE_SHARE = 0.999
 """How much of an image-to-video start is noise; the rest is the image, in every frame."""
 
@@ -148,7 +148,7 @@ class HunyuanPipeline:
         """The scale of the formula is `true_cfg_scale`; `guidance_scale` is embedded."""
         guided = spec.branches(request) > 1
         scale = float(request.param("true_cfg_scale") or 1.0)
-        return Guidance(scale, (CONDITIONAL, UNCONDITIONAL) if guided else (CONDITIONAL,))
+        return Guidance(scale, branches(guided))
 
     def predict(
         self, x: Tensor, schedule: Schedule, i: int, conditioning: Branch, cp: ContextParallel = IDENTITY
@@ -169,7 +169,7 @@ class HunyuanPipeline:
         wide = latents.to(self.dtypes["vae"]) / self.params.vae.scaling_factor
         for chunk in self.vae.decode_chunks(wide, request.tiling, ranks=ranks):
             # Only the first tile in time is cut, and it is longer than that.
-            yield (chunk[0, :, dropped:].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
+            yield shown(chunk[:, :, dropped:])
             dropped = 0
 
 

@@ -21,15 +21,15 @@ from vidgen.models.ltx import spec
 from vidgen.models.ltx.params import WITH_WEIGHTS, Params
 from vidgen.models.ltx.transformer import LTXVideoTransformer3DModel, TextContext
 from vidgen.models.ltx.vae import LTXVAE
+from vidgen.nn.frames import shown
 from vidgen.nn.rope import Rope
 from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.flow import dynamic_shift, euler, euler_schedule
-from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
-from vidgen.text.prompt import Prompt, Text, encoded
+from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start, branches
+from vidgen.text.prompt import Prompt, Text, encoded, prompts_of
 from vidgen.text.t5 import TextEncoder, load_text_encoder
 from vidgen.types import Request
 
-CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 BASE_POSITIONS = (20, 2048, 2048)
 """Seconds, rows and columns that positions are a share of."""
 LINEAR_UNTIL = 0.025
@@ -67,10 +67,7 @@ class LTXPipeline:
 
     def texts(self, request: Request, media: Conditioning) -> dict[str, Prompt]:
         """The prompt of each branch; a guidance scale of 1 or less has no unconditional one."""
-        prompts = {CONDITIONAL: Prompt(request.prompt)}
-        if request.guidance_scale > 1:
-            prompts[UNCONDITIONAL] = Prompt(request.negative_prompt)
-        return prompts
+        return prompts_of(request)
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Each prompt's embeddings, in the dtype of the transformer."""
@@ -174,9 +171,8 @@ class LTXPipeline:
         return torch.stack(shares, dim=-1).flatten(0, 2)
 
     def guidance(self, request: Request, schedule: Schedule, i: int) -> Guidance:
-        branches = (CONDITIONAL, UNCONDITIONAL) if request.guidance_scale > 1 else (CONDITIONAL,)
         rescale = float(spec.param(request, self.params, "guidance_rescale") or 0.0)
-        return Guidance(request.guidance_scale, branches, rescale)
+        return Guidance(request.guidance_scale, branches(request.guidance_scale > 1), rescale)
 
     def predict(
         self, x: Tensor, schedule: Schedule, i: int, conditioning: Branch, cp: ContextParallel = IDENTITY
@@ -201,7 +197,7 @@ class LTXPipeline:
             scale = timestep if chosen is None else float(chosen)
             wide = (1 - scale) * wide + scale * draws.normal(wide.shape[1:]).to(wide.device)
         for chunk in self.vae.decode_chunks(wide.to(self.dtypes["vae"]), request.tiling, timestep, draws, ranks=ranks):
-            yield (chunk[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
+            yield shown(chunk)
 
 
 def load(

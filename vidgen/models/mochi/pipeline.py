@@ -22,14 +22,14 @@ from vidgen.errors import CheckpointError
 from vidgen.models.mochi.params import Params
 from vidgen.models.mochi.transformer import MochiTransformer3DModel, TextContext
 from vidgen.models.mochi.vae import MochiVAE
+from vidgen.nn.frames import shown
 from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.flow import euler, euler_schedule
-from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
-from vidgen.text.prompt import Prompt, Text, encoded
+from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start, branches
+from vidgen.text.prompt import Prompt, Text, encoded, prompts_of
 from vidgen.text.t5 import TextEncoder, load_text_encoder
 from vidgen.types import Request
 
-CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 WITH_WEIGHTS = ("text_encoder", "transformer", "vae")
 THRESHOLD_NOISE = 0.025
 """How far the linear half of the schedule goes from noise to picture."""
@@ -59,10 +59,7 @@ class MochiPipeline:
 
     def texts(self, request: Request, media: Conditioning) -> dict[str, Prompt]:
         """The prompt of each branch; a guidance scale of 1 or less has no unconditional one."""
-        prompts = {CONDITIONAL: Prompt(request.prompt)}
-        if request.guidance_scale > 1:
-            prompts[UNCONDITIONAL] = Prompt(request.negative_prompt)
-        return prompts
+        return prompts_of(request)
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Each prompt's embeddings, in the dtype of the transformer. Where the checkpoint forces zeros for an empty
@@ -112,8 +109,7 @@ class MochiPipeline:
         return Start(draws.normal(shape).to(self.device), conditioning)
 
     def guidance(self, request: Request, schedule: Schedule, i: int) -> Guidance:
-        guided = request.guidance_scale > 1
-        return Guidance(request.guidance_scale, (CONDITIONAL, UNCONDITIONAL) if guided else (CONDITIONAL,))
+        return Guidance(request.guidance_scale, branches(request.guidance_scale > 1))
 
     def predict(
         self, x: Tensor, schedule: Schedule, i: int, conditioning: TextContext, cp: ContextParallel = IDENTITY
@@ -127,7 +123,7 @@ class MochiPipeline:
         """Latents [1, C, F, H, W] of one item -> its frames as they come, [n, height, width, 3] in [0, 1], fp32."""
         wide = self.vae.denormalise(latents).to(self.dtypes["vae"])
         for chunk in self.vae.decode_chunks(wide, request.tiling, ranks=ranks):
-            yield (chunk[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
+            yield shown(chunk)
 
 
 def load(

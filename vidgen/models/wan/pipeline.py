@@ -20,17 +20,17 @@ from vidgen.models.wan.params import Params
 from vidgen.models.wan.spec import first_step, tasks_of
 from vidgen.models.wan.transformer import Context, WanTransformer3DModel
 from vidgen.models.wan.vae import Tiling, WanVAE
+from vidgen.nn.frames import shown
 from vidgen.parallel import ALONE, IDENTITY, ContextParallel, Ranks
 from vidgen.sampling.flow import euler, euler_schedule
-from vidgen.sampling.step import Draws, Guidance, Sampler, Schedule, Start
+from vidgen.sampling.step import UNCONDITIONAL, Draws, Guidance, Sampler, Schedule, Start, branches
 from vidgen.sampling.unipc import unipc, unipc_schedule
 from vidgen.specs.limits import check_task
 from vidgen.text.clip_vision import ImageEncoder, load_image_encoder
-from vidgen.text.prompt import Prompt, Text, encoded, padded
+from vidgen.text.prompt import Prompt, Text, encoded, padded, prompts_of
 from vidgen.text.t5 import TextEncoder, load_text_encoder
 from vidgen.types import Request
 
-CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 IN_FP32 = ("encoder", "quant_conv")
 """Parts of the VAE that encode. In bf16 the condition of image-to-video is visibly off."""
 
@@ -78,10 +78,7 @@ class WanPipeline:
 
     def texts(self, request: Request, media: Conditioning) -> dict[str, Prompt]:
         """The prompt of each branch; a guidance scale of 1 or less has no unconditional one."""
-        prompts = {CONDITIONAL: Prompt(request.prompt)}
-        if request.guidance_scale > 1:
-            prompts[UNCONDITIONAL] = Prompt(request.negative_prompt)
-        return prompts
+        return prompts_of(request)
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Text]:
         """Each prompt's embeddings, in the dtype of the transformer."""
@@ -143,8 +140,7 @@ class WanPipeline:
         second = request.param("guidance_scale_2")
         if expert == "transformer_2" and isinstance(second, (int, float)):
             scale = second
-        guided = request.guidance_scale > 1
-        return Guidance(scale, (CONDITIONAL, UNCONDITIONAL) if guided else (CONDITIONAL,), expert=expert)
+        return Guidance(scale, branches(request.guidance_scale > 1), expert=expert)
 
     def predict(
         self, x: Tensor, schedule: Schedule, i: int, conditioning: Branch, cp: ContextParallel = IDENTITY
@@ -165,7 +161,7 @@ class WanPipeline:
         """Latents [1, z, f, h, w] of one item -> its frames as they come, [n, height, width, 3] in [0, 1], fp32."""
         wide = self.vae.denormalise(latents.to(self.dtypes["vae"]))
         for chunk in self.vae.decode_chunks(wide, request.tiling, ranks=ranks):
-            yield (chunk[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
+            yield shown(chunk)
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int, int]:
         vae = self.params.vae
