@@ -26,6 +26,7 @@ from vidgen.fleet.driver import Driver, Limits, Outcome
 from vidgen.fleet.formation import Formation, Kind
 from vidgen.fleet.gang import Entry
 from vidgen.fleet.progress import Progress
+from vidgen.fleet.replica import Pulse
 from vidgen.parallel.layout import Layout
 from vidgen.plan.build import build
 from vidgen.plan.files import read_plan
@@ -126,6 +127,25 @@ def until(condition: Callable[[], bool], most: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("pace", "said", "members", "expected"),
+    [
+        (1.0, None, 2, 60.0),
+        (20.0, None, 2, 200.0),  # ten of its steps
+        (0.0, None, 2, 300.0),  # outside of the steps
+        (20.0, None, 1, 300.0),  # a replica of one is judged by its silences
+        (20.0, 45.0, 2, 45.0),
+    ],
+)
+def test_a_gang_may_be_silent_for_ten_of_its_steps_and_a_minute_at_least(
+    pace: float, said: float | None, members: int, expected: float
+) -> None:
+    fleet = RayFleet(None, None, said)  # type: ignore[arg-type]
+    pulse = Pulse((), "denoise", 3, 50, 0.0, 0.0, "item", pace)
+    handle = rays.Handle([rays.Process(None, None, None)] * members, stage="ready", pulse=pulse)
+    assert fleet._allowed(handle) == expected
 
 
 def test_of_two_gangs_on_a_node_one_loses_a_rank_in_a_step_and_the_other_works_on(

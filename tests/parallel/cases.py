@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tests.models.case import Case, cases
 from tests.models.test_families import conditioning_media
@@ -44,7 +47,29 @@ UNEVEN = {
         {"height": 48, "width": 48, "num_frames": 9, "num_inference_steps": 2},
     ),
 }
-CASES = {**cases(), **UNEVEN}
+
+
+def _with_heads(like: str, heads: int, **widths: int) -> Case:
+    """A case of another family with so many heads, and what follows from that."""
+    module = importlib.import_module(f"tests.models.{like.partition('/')[0]}.tiny_checkpoint")
+    case = cases()[like]
+
+    def write(folder: Path) -> None:
+        with patch.dict(module.TRANSFORMER, {"num_attention_heads": heads, **widths}):
+            case.write(folder)
+
+    return replace(case, write=write)
+
+
+FIVE_HEADS = {
+    "wan/5_heads": UNEVEN["wan/5_heads"],
+    "ltx/5_heads": _with_heads("ltx/i2v-0.9.5", 5, cross_attention_dim=80),
+    "cogvideox/5_heads": _with_heads("cogvideox/t2v-2b", 5),
+    "hunyuan/5_heads": _with_heads("hunyuan/t2v-true-cfg", 5),
+    "mochi/5_heads": _with_heads("mochi/t2v", 5),
+    "allegro/5_heads": _with_heads("allegro/t2v", 5, cross_attention_dim=60),
+}
+CASES = {**cases(), **UNEVEN, **FIVE_HEADS}
 
 
 def requests(

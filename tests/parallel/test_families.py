@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.models.test_families import tiled
-from tests.parallel.cases import CASES, LAYOUTS, SHORT, requests
+from tests.parallel.cases import CASES, FIVE_HEADS, LAYOUTS, SHORT, requests
 from tests.parallel.ranks import ENGINES, Made, bytes_sent, decoded, encoders, generated, inside
 from tests.parallel.workers import Workers
 from vidgen.parallel.layout import Layout
@@ -96,10 +96,11 @@ def test_a_gang_gives_what_one_process_gives(
         assert all(made.decoded_by_vae == 0 for made in found[1:]), "rank 0 alone decodes a whole picture"
 
 
+@pytest.mark.parametrize("name", FIVE_HEADS)
 def test_five_heads_over_four_ranks_give_what_one_process_gives(
-    workers: Workers, checkpoint: Checkpoint, alone: Any
+    name: str, workers: Workers, checkpoint: Checkpoint, alone: Any
 ) -> None:
-    run("wan/5_heads", Layout(ulysses=4), workers, checkpoint, alone)
+    run(name, Layout(ulysses=4), workers, checkpoint, alone)
 
 
 @pytest.mark.slow
