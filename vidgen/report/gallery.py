@@ -26,6 +26,7 @@ import pyarrow as pa
 from vidgen import manifest, media
 from vidgen.errors import GenerationError
 from vidgen.plan.files import require_plan, total_items
+from vidgen.report import history, status, timeline
 from vidgen.report.summary import STATUSES, Summary, signature
 from vidgen.report.wording import duration
 from vidgen.store import state as states
@@ -73,12 +74,20 @@ def report(
     run. `progress(done, total)` counts posters."""
     objects = Objects(output)
     plans = require_plan(objects)
-    if objects.exists(manifest.SUCCESS):
+    finished = objects.exists(manifest.SUCCESS)
+    if finished:
         tables = manifest.read(objects)
     else:
         tables = manifest.rows(objects, plans, states.load(objects, total_items(plans)))
     title = str(plans[0].config.get("name") or PurePosixPath(output).name)
-    gallery = write_gallery(tables, objects, title=title, posters=posters, most=most, progress=progress)
+    past = history.read(objects, finished)
+    gallery = write_gallery(
+        tables, objects, title=title, posters=posters, most=most, progress=progress, fleet=past is not None
+    )
+    if past is not None:
+        spent = status.gpu_seconds(objects)
+        cost = timeline.Cost(spent, status.cost_of(status.progress_of(objects), plans[-1], spent))
+        timeline.write(objects, title, past, gallery.summary, cost)
     return f"{output.rstrip('/')}/{gallery.page}"
 
 
@@ -90,9 +99,10 @@ def write_gallery(
     posters: int = NEW_POSTERS,
     most: int = MOST_ROWS,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    fleet: bool = False,
 ) -> Gallery:
     """Writes the gallery of manifest-shaped tables below `report/` of `objects`, the page itself last. `posters`: most
-    new ones to make; `most`: most rows to show."""
+    new ones to make; `most`: most rows to show; `fleet`: whether there is a page of the fleet to name."""
     gallery = Gallery("report/index.html")
     sheets = _Sheets(objects, posters)
     shown = failures = 0
@@ -107,7 +117,7 @@ def write_gallery(
     gallery.rows, gallery.chunks, gallery.kept = sheets.rows, sheets.chunks, sheets.kept
     gallery.made = _make_posters(objects, sheets.wanted, progress)
     gallery.impossible = len(sheets.wanted) - gallery.made
-    _write_page(objects, gallery, title)
+    _write_page(objects, gallery, title, fleet)
     return gallery
 
 
@@ -231,7 +241,7 @@ def _make_posters(objects: Objects, wanted: list[tuple[str, str]], progress: Cal
     return made
 
 
-def _write_page(objects: Objects, gallery: Gallery, title: str) -> None:
+def _write_page(objects: Objects, gallery: Gallery, title: str, fleet: bool) -> None:
     summary, package = gallery.summary, resources.files("vidgen.report")
     for name in ("gallery.css", "gallery.js"):
         objects.put(f"report/{name}", (package / name).read_bytes())
@@ -257,6 +267,7 @@ def _write_page(objects: Objects, gallery: Gallery, title: str) -> None:
     page = environment.from_string((package / "index.html").read_text("utf-8")).render(
         title=title,
         output=objects.url,
+        fleet=PurePosixPath(timeline.PAGE).name if fleet else "",
         when=time.strftime("%Y-%m-%d %H:%M %Z"),
         tiles=_tiles(summary),
         strip=strip,

@@ -23,6 +23,7 @@ from vidgen.report.wording import duration
 from vidgen.store import epochs
 from vidgen.store import state as states
 from vidgen.store.objects import Objects
+from vidgen.types import Plan
 
 FRESH_SECONDS = 3 * epochs.BEAT_SECONDS
 NONE_YET, RUNNING, STOPPED, DIED = "none yet", "running", "stopped", "died"
@@ -92,7 +93,8 @@ def read(output: str) -> Status:
         pending=counts["pending"],
     )
     shown = progress_of(objects)
-    found.cost, found.metrics = shown.get("cost"), shown.get("metrics", {})
+    found.cost = cost_of(shown, plans[-1], float(beat.get("gpu_seconds", 0.0)))
+    found.metrics = shown.get("metrics", {})
     if driver == RUNNING:
         for name, value in live(shown).items():
             setattr(found, name, value)
@@ -177,6 +179,20 @@ def progress_of(objects: Objects) -> dict[str, Any]:
         return shown
     except (FileNotFoundError, ValueError):
         return {}
+
+
+def gpu_seconds(objects: Objects) -> float:
+    """What the drivers of a run have spent so far, as the last beat says."""
+    return float(last_sign(objects, epochs.current(objects)).get("gpu_seconds", 0.0))
+
+
+def cost_of(shown: Mapping[str, Any], plan: Plan, spent: float) -> float | None:
+    """What GPU-seconds cost: as the last driver had it in progress.json, else at the plan's run.price_per_gpu_hour;
+    None without a price."""
+    if shown.get("cost") is not None:
+        return float(shown["cost"])
+    price = plan.config["run"].get("price_per_gpu_hour")
+    return None if price is None else spent / 3600 * float(price)
 
 
 def _failures(tables: Iterable[pa.Table]) -> list[Failures]:
