@@ -15,7 +15,7 @@ from vidgen.fleet import metrics
 from vidgen.fleet.driver import Driver
 from vidgen.fleet.metrics import METRICS, Meter, Metric
 from vidgen.fleet.observer import Observer
-from vidgen.fleet.progress import Progress
+from vidgen.fleet.progress import Progress, ReplicaState
 from vidgen.fleet.replica import Pulse
 from vidgen.report import status
 from vidgen.store import commits, ledger
@@ -101,6 +101,20 @@ def test_gpu_seconds_are_busy_idle_or_starting_by_the_degree_of_each_replica_and
     spent = {state: observer.meter.value(metrics.GPU_SECONDS, state=state) for state in ("busy", "idle", "starting")}
     assert spent == {"busy": 50.0, "idle": 11.0, "starting": 10.0}
     assert observer.meter.value(metrics.COST) == pytest.approx(6.0)
+
+
+def test_a_replica_that_waits_has_no_gpu_and_a_state_that_is_over_is_told_as_none() -> None:
+    now = [0.0]
+    observer = Observer(Progress(Objects("memory://observer"), quiet=True), clock=lambda: now[0])
+    waits = "waiting for 1 GPU (0 of 8 free)"
+    now[0] = 10.0
+    replicas = [ReplicaState("r0", waits), ReplicaState("r1", "polish")]
+    observer.show(snapshot(replicas=replicas), {"r0": Pulse((), waits, 0, 0, 0.0, 0.0, "")}, {})
+    assert [observer.meter.value(metrics.REPLICAS, state=state) for state in ("waiting", "polish")] == [1, 1]
+    assert "vidgen_gpu_seconds" not in observer.meter.values()
+    observer.show(snapshot(replicas=[ReplicaState("r0", "idle")]), {}, {})
+    states = observer.meter.values()["vidgen_replicas"]
+    assert {row["state"]: row["value"] for row in states if row["value"]} == {"idle": 1}
 
 
 def test_a_sink_hears_of_every_change_with_the_labels_that_are_declared() -> None:

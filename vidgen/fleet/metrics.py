@@ -42,7 +42,11 @@ ITEMS = Metric(
 IN_FLIGHT = Metric("vidgen_items_in_flight", GAUGE, "items", "Pending items that a replica has")
 QUEUE = Metric("vidgen_queue_depth", GAUGE, "items", "Pending items that the driver has read and no replica has")
 REPLICAS = Metric(
-    "vidgen_replicas", GAUGE, "replicas", "Replicas: starting, idle, or the stage of what they make", ("state",)
+    "vidgen_replicas",
+    GAUGE,
+    "replicas",
+    "Replicas: waiting, starting, idle, or the stage of what they make",
+    ("state",),
 )
 SPENT = Metric("vidgen_gpu_seconds_spent", GAUGE, "seconds", "GPU-seconds spent generating, over the whole run")
 COST = Metric("vidgen_cost", GAUGE, "currency of run.price_per_gpu_hour", "Those GPU-seconds at run.price_per_gpu_hour")

@@ -17,7 +17,8 @@ from vidgen.fleet.replica import Pulse
 from vidgen.report.summary import STAGES
 from vidgen.types import Record
 
-STARTING, IDLE = "starting", "idle"
+STARTING, IDLE, WAITING = "starting", "idle", "waiting"
+"""States of a replica that makes nothing; one that waits for its place has no GPU."""
 
 
 class Observer:
@@ -33,6 +34,7 @@ class Observer:
         self.progress, self.meter, self.price, self.clock = progress, meter or Meter(), price, clock
         self._attempts: dict[str, tuple[str, int]] = {}
         self._seen_at = clock()
+        self._states = {STARTING, IDLE, WAITING, *STAGES[:3]}
 
     # ---------------------------------------------------------------- what happens
 
@@ -93,8 +95,9 @@ class Observer:
         since, self._seen_at = now - self._seen_at, now
         spent: Counter[str] = Counter()
         for name, pulse in pulses.items():
-            state = STARTING if pulse is None else IDLE if pulse.stage == IDLE else "busy"
-            spent[state] += degree_of.get(name, 1)
+            state = _state(STARTING if pulse is None else pulse.stage)
+            spent[state if state in (STARTING, IDLE, WAITING) else "busy"] += degree_of.get(name, 1)
+        del spent[WAITING]
         for state, gpus in spent.items():
             self.meter.record(metrics.GPU_SECONDS, gpus * since, state=state)
         snapshot.cost = snapshot.gpu_seconds / 3600 * self.price if self.price is not None else None
@@ -108,11 +111,17 @@ class Observer:
             record(metrics.ITEMS, getattr(snapshot, state), state=state)
         record(metrics.IN_FLIGHT, snapshot.in_flight)
         record(metrics.QUEUE, snapshot.queue)
-        stages = Counter(replica.stage for replica in snapshot.replicas)
-        for stage in (STARTING, IDLE, *STAGES[:3], *sorted(set(stages) - {STARTING, IDLE, *STAGES[:3]})):
-            record(metrics.REPLICAS, stages[stage], state=stage)
+        states = Counter(_state(replica.stage) for replica in snapshot.replicas)
+        self._states.update(states)
+        for state in sorted(self._states):
+            record(metrics.REPLICAS, states[state], state=state)
         record(metrics.SPENT, snapshot.gpu_seconds)
         if snapshot.cost is not None:
             record(metrics.COST, snapshot.cost)
         record(metrics.RATE, snapshot.rate or 0.0)
         record(metrics.LEFT, snapshot.eta or 0.0)
+
+
+def _state(stage: str) -> str:
+    """A replica's stage without what it says beside: what it waits for."""
+    return WAITING if stage.startswith(WAITING) else stage

@@ -22,7 +22,8 @@ from vidgen.store.objects import Objects
 MOST_LANES = 64
 SHADES = 4
 """Shades of a bin by how much of it was busy."""
-BARS = 120
+BARS = (24, 40, 60, 120)
+"""How many bars the throughput may have: divisors of the bins, more where there are more items."""
 MOST_FAILURES = 20
 PAGE = "report/fleet.html"
 
@@ -41,7 +42,8 @@ def write(objects: Objects, title: str, history: History, summary: Summary, cost
     objects.put("report/fleet.css", (package / "fleet.css").read_bytes())
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     axis, lanes = history.axis, _merged(history.lanes)
-    bars = BARS * history.axis.bins // (BARS * (history.axis.bins // BARS))
+    settled = float((history.done + history.failed).sum())
+    bars = max(count for count in BARS if count <= max(BARS[0], settled / 5))
     done, failed = (values.reshape(bars, -1).sum(1) for values in (history.done, history.failed))
     highest = max(1.0, float((done + failed).max()))
     failures = summary.failures()
