@@ -62,6 +62,19 @@ def test_a_tick_says_what_it_did(job: ModuleType, config: str, capsys: pytest.Ca
     assert (found["run"], found["exit"], found["rows"]["same"], found["counts"]["done"]) == (None, 0, 2, 2)
 
 
+def test_a_ticks_log_can_be_json_lines_and_its_result_is_not_among_them(
+    job: ModuleType, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job.main([config, "--log", "json", "--json"], drive=Runs()) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["run"] == 0
+    lines = [json.loads(text) for text in said.err.splitlines()]
+    assert lines and all({"time", "level", "message", "item", "replica", "attempt"} <= set(line) for line in lines)
+    assert job.main([config, "--log", "json", "sampling.heigth=3"], drive=Runs()) == 2
+    (line,) = [json.loads(text) for text in capsys.readouterr().err.splitlines()]
+    assert line["level"] == "error" and "sampling.heigth" in line["message"]
+
+
 @pytest.mark.parametrize("code", [0, 3, 4, 5, 130])
 def test_a_tick_ends_with_the_code_of_its_runs(job: ModuleType, config: str, code: int) -> None:
     assert job.main([config], drive=ends(code)) == code

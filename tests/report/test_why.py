@@ -10,14 +10,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.fleet.inline import config_for, drive, write_prompts
 from tests.fleet.test_determinism import PROMPTS, job
 from tests.models.wan.tiny_checkpoint import ONE_IMAGE
 from tests.models.wan.tiny_checkpoint import build as build_checkpoint
 from vidgen import config as configuration
-from vidgen import manifest
+from vidgen import engine, manifest
 from vidgen.cli import main
 from vidgen.plan.build import build
 from vidgen.report.repair import retry
@@ -30,6 +32,15 @@ def rows_of(output: str) -> list[dict[str, object]]:
     return [row for table in manifest.read(Objects(output)) for row in table.to_pylist()]
 
 
+def an_adapter(checkpoint: Path, place: Path) -> Path:
+    """Changes one projection of the transformer."""
+    module = "blocks.0.attn1.to_q"
+    rows, columns = engine.load(str(checkpoint)).backend.pipeline.transformer.state_dict()[f"{module}.weight"].shape  # type: ignore[attr-defined]
+    parts = {"lora_A": torch.randn(2, columns), "lora_B": torch.randn(rows, 2)}
+    save_file({f"transformer.{module}.{name}.weight": value for name, value in parts.items()}, place)
+    return place
+
+
 def why(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, object]:
     capsys.readouterr()
     assert main(["why", *words, "--json"]) == 0
@@ -40,10 +51,15 @@ def why(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, object]:
 def test_the_command_it_prints_makes_the_committed_file_again_byte_for_byte(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A native family with weights, CPU, batch 1; every sampling value from the plan alone."""
-    config = job(tmp_path / "job", build_checkpoint(tmp_path / "wan"), [0, 1], "sampling.guidance_scale=3.5")
+    """A native family with weights and an adapter, CPU, batch 1; every value from the plan alone."""
+    checkpoint = build_checkpoint(tmp_path / "wan")
+    plain = job(tmp_path / "plain", checkpoint, [0, 1], "sampling.guidance_scale=3.5")
+    drive(plain, replicas=1)
+    lora = f"model.loras=[{{path: {an_adapter(checkpoint, tmp_path / 'lora.safetensors')}, weight: 0.7}}]"
+    config = job(tmp_path / "job", checkpoint, [0, 1], "sampling.guidance_scale=3.5", lora)
     drive(config, replicas=1)
     row = rows_of(config.output.path)[1]
+    assert row["sha256"] != rows_of(plain.output.path)[1]["sha256"], "the adapter changes the pixels"
     item = why(capsys, config.output.path, "1")["item"]
     assert isinstance(item, dict) and item["item_id"] == row["item_id"] and not item["notes"]
     monkeypatch.chdir(tmp_path)
