@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_every_metric_has_a_name_of_its_own_a_unit_and_a_description() -> None:
     for metric in METRICS:
         assert metric.name.startswith("vidgen_") and metric.unit and metric.description
         assert bool(metric.buckets) == (metric.kind == metrics.HISTOGRAM)
+
+
+def test_the_page_about_metrics_lists_every_one_with_its_labels() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "seeing.md").read_text()
+    listed = {
+        name: set(re.findall(r"`(\w+)`", labels))
+        for name, labels in re.findall(r"^\| `(ray_\w+)` \|([^|]*)\|", page, re.M)
+    }
+    assert listed == {metric.exported: set(metric.labels) for metric in METRICS}
 
 
 def test_the_counts_of_a_run_are_those_of_its_commits(tmp_path: Path) -> None:

@@ -250,8 +250,8 @@ class Driver:
     # ---------------------------------------------------------------- beats, limits, display
 
     def _housekeeping(self, limits: Limits) -> None:
-        now = time.monotonic()
-        for name, pulse in self.fleet.pulses().items():
+        now, pulses = time.monotonic(), self.fleet.pulses()
+        for name, pulse in pulses.items():
             if pulse is not None:
                 spent = pulse.busy * self.dispatcher.rules.degree_of.get(name, 1)
                 self._busy[name] = max(self._busy.get(name, 0.0), spent)
@@ -272,7 +272,7 @@ class Driver:
             self._stop(130, "interrupted", grace)
         if self._stopping_until is not None and now >= self._stopping_until and self.dispatcher.finished is None:
             self.dispatcher.finished = ev.Finish(130, "interrupted; what was in flight is made again by the next run")
-        self._show(self.snapshot())
+        self._show(pulses)
 
     def _stop(self, code: int, reason: str, grace: float | None) -> None:
         if self.dispatcher.stopping is None:
@@ -292,14 +292,14 @@ class Driver:
         """Seconds that replicas have spent generating, over the whole run, those of every member of a gang."""
         return self._spent_before + sum(self._busy.values())
 
-    def _show(self, snapshot: Snapshot, last: bool = False) -> None:
-        self.observer.show(snapshot, self.fleet.pulses(), self.dispatcher.rules.degree_of, last=last)
+    def _show(self, pulses: Mapping[str, Pulse | None], state: str = "", last: bool = False) -> None:
+        snapshot = self.snapshot(pulses, state)
+        self.observer.show(snapshot, pulses, self.dispatcher.rules.degree_of, last=last)
 
-    def snapshot(self, state: str = "") -> Snapshot:
+    def snapshot(self, pulses: Mapping[str, Pulse | None], state: str = "") -> Snapshot:
         counts = self.state.counts()
         settled = self.total - counts["pending"]
         rate = self.progress.rate(settled)
-        pulses = self.fleet.pulses()
         states = [
             ReplicaState(name, p.stage, p.step, p.steps, p.item_id) if p else ReplicaState(name, "starting")
             for name, p in sorted(pulses.items())
@@ -339,7 +339,7 @@ class Driver:
             code = finished_code(counts)
             self.lease.check()
             manifest.write(self.objects, self.plans, self.state, self.token, before_write=self.lease.check)
-        self._show(self.snapshot("finished" if finish.code is None else "stopped"), last=True)
+        self._show(self.fleet.pulses(), "finished" if finish.code is None else "stopped", last=True)
         self.lease.release(in_flight=[], gpu_seconds=self.gpu_seconds(), counts=counts)
         return Outcome(code, finish.reason, counts, self.progress.elapsed())
 
