@@ -43,7 +43,7 @@ def schema(name: str) -> dict[str, Any]:
     """The schema of a kind, closed: an object has the fields it lists and no others. The API server itself knows the
     metadata of a custom resource and of a pod template; the definitions leave them open."""
     found: dict[str, Any] = closed(json.loads(gzip.decompress((FOLDER / f"{name}.json.gz").read_bytes())))
-    if name.startswith("Ray"):
+    if name.startswith("Ray") or name == "PodMonitor":
         found["definitions"] = schema("Namespace")["definitions"]
         found["properties"]["metadata"] = {"$ref": "#/definitions/io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"}
     return found

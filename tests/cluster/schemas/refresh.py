@@ -1,7 +1,9 @@
 """Makes the JSON Schemas of this folder from their sources; README.md says which. Not run by tests.
 
 pip install kubernetes-validate google-api-python-client botocore
-python tests/cluster/schemas/refresh.py FOLDER_OF_KUBERAY_CRDS     # kuberay: helm-chart/kuberay-operator/crds
+npm pack @kubernetes-models/prometheus-operator@1.6.3 && tar xzf kubernetes-models-prometheus-operator-1.6.3.tgz
+python tests/cluster/schemas/refresh.py FOLDER_OF_KUBERAY_CRDS package/monitoring.coreos.com/v1/PodMonitor.js
+    # kuberay: helm-chart/kuberay-operator/crds
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ KUBERNETES = {
 SCALARS = {"integer": "integer", "long": "integer", "float": "number", "double": "number", "boolean": "boolean"}
 
 
-def main(crds: Path) -> None:
+def main(crds: Path, pod_monitor: Path) -> None:
     for path in sorted(crds.glob("ray.io_*.yaml")):
         definition = yaml.safe_load(path.read_text())["spec"]
         if definition["names"]["kind"] in ("RayCluster", "RayJob", "RayCronJob"):
@@ -38,6 +40,7 @@ def main(crds: Path) -> None:
     ec2 = {name: from_shape(shape) for name, shape in shapes().items()}
     name = "RunInstancesRequest"
     write(f"aws-{name}", {"$ref": f"#/definitions/{name}", "definitions": reachable(ec2, {name})})
+    write("PodMonitor", operators(pod_monitor.read_text()))
 
 
 def write(name: str, schema: Mapping[str, Any]) -> None:
@@ -102,6 +105,15 @@ def local(value: Any) -> Any:
     }
 
 
+def operators(module: str) -> dict[str, Any]:
+    """The schema in a JavaScript module made from a custom resource definition; what it takes from Kubernetes' own
+    definitions (metadata) is left open."""
+    text = module.partition("const schema = ")[2].partition(";\n")[0]
+    found: dict[str, Any] = json.loads(text)
+    found["properties"]["metadata"] = {"type": "object"}
+    return found
+
+
 def closed(schema: Any) -> Any:
     """Google's discovery format: an object lists all of its fields; 64-bit numbers may be strings or numbers."""
     if not isinstance(schema, dict):
@@ -135,4 +147,4 @@ def from_shape(shape: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
