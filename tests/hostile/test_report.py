@@ -159,7 +159,7 @@ def test_the_data_scripts_do_nothing_but_hand_over_their_rows(tmp_path: Path) ->
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_status_obeys_no_markup_and_no_escape_sequence(text: str) -> None:
-    failures = [status.Failures(text, 1, "0" * 32, text)]
+    failures = [status.Failures(text, 1, "0" * 32, text, f"vidgen retry {text}")]
     found = status.Status(
         "out", text[:100], text[:100], text[:100], 1, 0, 1, 0, 0, 0, 0, "stopped", False, failures=failures
     )

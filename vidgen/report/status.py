@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ from rich.text import Text
 from vidgen import manifest
 from vidgen.errors import printable
 from vidgen.plan.files import require_plan, total_items, total_rejected
-from vidgen.report.summary import signature
+from vidgen.report.summary import like, signature
 from vidgen.report.wording import duration
 from vidgen.store import epochs
 from vidgen.store import state as states
@@ -26,17 +27,20 @@ from vidgen.store.objects import Objects
 from vidgen.types import Plan
 
 FRESH_SECONDS = 3 * epochs.BEAT_SECONDS
+MOST_COMMANDS = 10
+"""Groups of failures whose own command is shown."""
 NONE_YET, RUNNING, STOPPED, DIED = "none yet", "running", "stopped", "died"
 
 
 @dataclass(slots=True)
 class Failures:
-    """Items that failed alike, with one of them."""
+    """Items that failed alike, with one of them, and the command that opens them again."""
 
     signature: str
     count: int
     example: str
     error: str
+    retry: str
 
 
 @dataclass(slots=True)
@@ -65,6 +69,8 @@ class Status:
     replicas: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     failures: list[Failures] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What holds while it runs: a node that is avoided, a shape that fits only with some of the memory ladder."""
 
 
 def read(output: str) -> Status:
@@ -99,7 +105,7 @@ def read(output: str) -> Status:
         for name, value in live(shown).items():
             setattr(found, name, value)
     if counts["failed"] or counts["quarantined"]:
-        found.failures = _failures(manifest.rows(objects, plans, state))
+        found.failures = _failures(output, manifest.rows(objects, plans, state))
     return found
 
 
@@ -126,11 +132,13 @@ def render(found: Status) -> Group:
     if found.replicas:
         states = ", ".join(f"{count} {stage}" for stage, count in found.replicas.items())
         lines.append(Text(f"  replicas: {states}"))
+    lines += [Text(f"  note: {printable(note)}") for note in found.notes]
     if found.failures:
         table = Table("items", "failure", "example", title="failures", title_justify="left")
         for row in found.failures:
             table.add_row(str(row.count), Text(printable(row.error[:200])), row.example)
-        lines += [table, Text(f"  vidgen retry {found.output}")]
+        listed = found.failures[:MOST_COMMANDS] if len(found.failures) > 1 else []
+        lines += [table, *(Text(f"  {printable(row.retry)}") for row in listed), Text(f"  vidgen retry {found.output}")]
     elif found.pending and found.driver != RUNNING:
         lines.append(Text(f"  vidgen generate {found.output}"))
     return Group(*lines)
@@ -146,6 +154,7 @@ def live(shown: Mapping[str, Any]) -> dict[str, Any]:
         "cost": shown.get("cost"),
         "replicas": dict(stages.most_common()),
         "metrics": shown.get("metrics", {}),
+        "notes": shown.get("notes", []),
     }
 
 
@@ -195,12 +204,16 @@ def cost_of(shown: Mapping[str, Any], plan: Plan, spent: float) -> float | None:
     return None if price is None else spent / 3600 * float(price)
 
 
-def _failures(tables: Iterable[pa.Table]) -> list[Failures]:
+def _failures(output: str, tables: Iterable[pa.Table]) -> list[Failures]:
     groups: dict[str, Failures] = {}
     for table in tables:
         failed = table.filter(pc.is_in(table.column("status"), pa.array(["failed", "quarantined"])))
         for row in failed.select(["item_id", "error_class", "error"]).to_pylist():
             key = signature(row["error_class"] or "", row["error"] or "")
-            group = groups.setdefault(key, Failures(key, 0, row["item_id"], row["error"] or ""))
+            group = groups.get(key)
+            if group is None:
+                error = row["error"] or ""
+                command = shlex.join(["vidgen", "retry", output, "--where", like(key, error)])
+                group = groups[key] = Failures(key, 0, row["item_id"], error, command)
             group.count += 1
     return sorted(groups.values(), key=lambda group: -group.count)

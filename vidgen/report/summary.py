@@ -31,6 +31,16 @@ def signature(error_class: str, error: str) -> str:
     return f"{error_class}: {_VARIABLE.sub(_placeholder, flat)[:_LONGEST]}"
 
 
+def like(signature: str, error: str) -> str:
+    """The condition, in the grammar of `where`, that selects the failures of a signature; `error` is one of them."""
+    error_class, _, message = signature.partition(": ")
+    text = re.sub(r"<\w*$", "", message)  # a placeholder that was cut
+    text = re.sub(r"<path>|<id>|#", "%", text).replace("\\", "_").replace("'", "''")
+    if " ".join(error.split()) != error:
+        text = text.replace(" ", "%")
+    return f"error_class = '{error_class}' and error like '{text}%'"
+
+
 def _placeholder(found: re.Match[str]) -> str:
     if found["path"]:
         return "<path>"
