@@ -127,6 +127,8 @@ class RunConfig:
     max_gpu_hours: float | None = None
     deadline: str | None = None
     order: str = "auto"
+    """Within a priority: stratified, longest or input; auto: stratified where a budget or a deadline is set, else
+    longest."""
     lease: float = 60
     hang_seconds: float | None = None
     save_after: float = 300

@@ -51,6 +51,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "engine.vae_tiling": ("auto", "on", "off"),
     "output.format": ("mp4", "webm", "gif", "png"),
     "parallel.gpu": (None, *GPUS),
+    "run.order": ("auto", "stratified", "longest", "input"),
 }
 """Keys with a closed list of values."""
 
@@ -61,7 +62,6 @@ AVAILABLE: Mapping[str, tuple[Any, ...]] = {
     "engine.quantization": (None,),
     "engine.compile": ("auto", "off"),
     "engine.attention": ("auto",),
-    "run.order": ("auto",),
 }
 """Keys that are part of the schema while only these of their values work in this version; another is refused."""
 

@@ -21,7 +21,8 @@ from vidgen.fleet.observer import Observer
 from vidgen.fleet.progress import Progress, ReplicaState, Snapshot
 from vidgen.fleet.replica import Pulse
 from vidgen.fleet.saving import Saves
-from vidgen.plan.files import read_items, total_rejected
+from vidgen.fleet.supply import Supply
+from vidgen.plan.files import total_rejected
 from vidgen.store import commits, ledger
 from vidgen.store.epochs import BEAT_SECONDS, Lease
 from vidgen.store.objects import Objects, new_token
@@ -110,7 +111,8 @@ class Driver:
     def run(self, rules: Rules, replicas: Sequence[str], limits: Limits) -> Outcome:
         """Runs until done, stopped or broken; always flushes what it knows before it returns."""
         self._inherit()
-        self.tasks = [self._pending(rules, band) for band in range(1 + len(rules.bands))]
+        supply = Supply(self.objects, self.plans, self.state, rules)
+        self.tasks = [self._pending(supply, band) for band in range(1 + len(rules.bands))]
         dispatcher = self.dispatcher = Dispatcher(rules, list(replicas))
         if self.state.count("pending"):
             for name in replicas:
@@ -228,23 +230,18 @@ class Driver:
             commits.record_attempt(self.objects, attempt, {"error": "the driver died while it was alone in flight"})
             self.counts[item_id] = self.counts.get(item_id, 0.0) + 1.0
 
-    def _pending(self, rules: Rules, band: int) -> Iterator[ev.Task]:
-        """Pending items of a band in the plan's order, suspects at the very end; parts that are all settled are not
-        read."""
+    def _pending(self, supply: Supply, band: int) -> Iterator[ev.Task]:
+        """Pending items of a band in the run's order, suspects at the very end."""
         last: list[ev.Task] = []
-        for plan in self.plans:
-            for part in plan.parts:
-                if self.state.status[part.first : part.first + part.items].all():
-                    continue
-                for item in read_items(self.objects, plan, part):
-                    if self.state.is_pending(item.ordinal) and rules.band(item.tokens) == band:
-                        count = self.counts.get(item.item_id, 0.0)
-                        suspect = item.item_id in self.suspects
-                        task = ev.Task(item, self.state.generation_of(item.item_id), count=count, suspect=suspect)
-                        if suspect:
-                            last.append(task)
-                        else:
-                            yield task
+        for item, place in supply.read(band):
+            task = ev.Task(
+                item, self.state.generation_of(item.item_id), self.counts.get(item.item_id, 0.0), place=place
+            )
+            if item.item_id in self.suspects:
+                task.suspect = True
+                last.append(task)
+            else:
+                yield task
         yield from last
 
     # ---------------------------------------------------------------- beats, limits, display

@@ -16,7 +16,8 @@ class Rules:
     says which band a replica serves (0 where it says nothing), and an item goes to replicas of its own band only.
     `degree_of`: members of a replica, where it is a gang.
 
-    `rungs`: what an engine of this run can do to need less memory, of `judgement.LADDER`."""
+    `order`: how the plan is taken, of `supply.ORDERS`. `rungs`: what an engine of this run can do to need less memory,
+    of `judgement.LADDER`."""
 
     max_attempts: int = 3
     breaker_failures: int = 50
@@ -29,6 +30,7 @@ class Rules:
     band_of: Mapping[str, int] = field(default_factory=dict)
     degree_of: Mapping[str, int] = field(default_factory=dict)
     rungs: tuple[str, ...] = ()
+    order: str = "longest"
 
     def band(self, tokens: int) -> int:
         """The band of an item of so many tokens."""

@@ -173,7 +173,14 @@ def _rules(run: Run, settings: Settings, replicas: Formation) -> Rules:
         band_of=replicas.band_of,
         degree_of=replicas.degrees(),
         rungs=_rungs(run, settings),
+        order=order_of(config),
     )
+
+
+def order_of(config: JobConfig) -> str:
+    """`run.order`, resolved: a run that may be stopped early takes a sample first."""
+    capped = config.run.max_gpu_hours is not None or config.run.deadline is not None
+    return config.run.order if config.run.order != "auto" else "stratified" if capped else "longest"
 
 
 def _rungs(run: Run, settings: Settings) -> tuple[str, ...]:

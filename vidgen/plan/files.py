@@ -115,12 +115,13 @@ def total_rejected(plans: Iterable[Plan]) -> int:
     return sum(plan.counts["rejected"] for plan in plans)
 
 
-def part_table(objects: Objects, part: Part) -> pa.Table:
-    """The items of one part, with their carried columns; PlanError if its bytes are not those the plan lists."""
+def part_table(objects: Objects, part: Part, columns: list[str] | None = None) -> pa.Table:
+    """The items of one part, with their carried columns, or these `columns` of them; PlanError if its bytes are not
+    those the plan lists."""
     data = objects.read(part.name)
     if hashlib.sha256(data).hexdigest() != part.sha256:
         raise PlanError(f"{part.name}: its bytes are not those the plan lists (sha256 differs); restore the object")
-    return pq.read_table(io.BytesIO(data))
+    return pq.read_table(io.BytesIO(data), columns=columns)
 
 
 def rejected_table(objects: Objects, part: Part) -> pa.Table:
@@ -130,7 +131,11 @@ def rejected_table(objects: Objects, part: Part) -> pa.Table:
 
 def read_items(objects: Objects, plan: Plan, part: Part) -> Iterator[Item]:
     """The items of one part of `plan`, by ordinal."""
-    table = part_table(objects, part)
+    return items_of(plan, part_table(objects, part))
+
+
+def items_of(plan: Plan, table: pa.Table) -> Iterator[Item]:
+    """The items of some rows of a part."""
     for name in (*MEDIA_FIELDS, "resize"):
         if name not in table.schema.names:  # planned before there were media
             column = pa.nulls(table.num_rows, MEDIA_TYPE) if name != "resize" else pa.array(["exact"] * table.num_rows)
