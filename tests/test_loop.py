@@ -302,3 +302,35 @@ def test_gradients_are_recorded_again_after_generating() -> None:
             assert torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
+
+
+def test_an_engine_that_is_to_spare_memory_keeps_no_text_and_makes_the_same_frames() -> None:
+    mock = Mock()
+    loop = Loop(mock, key)
+
+    def made(*rungs: str) -> np.ndarray:
+        (video,) = loop.generate([request(seed=3, guidance=1.0)], Hooks(rungs=rungs))
+        return np.concatenate(list(video.chunks))
+
+    usual, again, spared = made(), made(), made("alone", "caches")
+    assert mock.encoded == ["a cat", "a cat"], "once, kept, and once more"
+    assert np.array_equal(usual, again) and np.array_equal(usual, spared)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB"),
+        MemoryError("40 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 GiB"),
+    ],
+)
+def test_every_way_of_running_out_of_memory_is_a_capacity_error_wherever_it_happens(error: Exception) -> None:
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    for stage in ("break_prediction", "break_frames"):
+        mock = Mock()
+        setattr(mock, stage, fail)
+        with pytest.raises(CapacityError, match=r"out of memory with .*40 GiB"):
+            frames(mock, request())

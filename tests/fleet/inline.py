@@ -15,6 +15,7 @@ from vidgen import config as configuration
 from vidgen.fleet import events as ev
 from vidgen.fleet.dispatch import Rules
 from vidgen.fleet.driver import Driver, Interrupt, Limits, Outcome, replica_names
+from vidgen.fleet.gang import Entry
 from vidgen.fleet.progress import Progress
 from vidgen.fleet.replica import Pulse, Settings, Worker
 from vidgen.plan.build import build
@@ -27,15 +28,15 @@ from vidgen.types import ModelSettings
 class InlineFleet:
     """Workers by name; `start` loads at once."""
 
-    def __init__(self, settings: Settings, nodes: int = 1) -> None:
-        self.settings, self.nodes = settings, nodes
+    def __init__(self, settings: Settings, nodes: int = 1, entry: Entry | None = None) -> None:
+        self.settings, self.nodes, self.entry = settings, nodes, entry
         self.workers: dict[str, Worker] = {}
         self.last: dict[str, Pulse | None] = {}
         self.waiting: list[ev.Event] = []
         self.sent: list[tuple[str, tuple[ev.Work, ...]]] = []
 
     def start(self, name: str, avoid: Sequence[str] = ()) -> None:
-        worker = Worker(name, f"node{len(self.workers) % self.nodes}", self.settings)
+        worker = Worker(name, f"node{len(self.workers) % self.nodes}", self.settings, self.entry)
         self.workers[name], self.last[name] = worker, None
         self.waiting.append(ev.ReplicaReady(name, worker.start()))
 
@@ -91,6 +92,7 @@ def drive(
     rules: Rules | None = None,
     limits: Limits | None = None,
     interrupt_at: int | None = None,
+    entry: Entry | None = None,
 ) -> tuple[Outcome, InlineFleet]:
     """Plans if there is no plan, takes the lease, drives to the end, as `vidgen generate` does."""
     objects = Objects(config.output.path)
@@ -99,7 +101,7 @@ def drive(
     lease = epochs.acquire(objects, lease=60)
     held = state.load(objects, sum(part.items for plan in plans for part in plan.parts), compact=True)
     objects.put("epochs/probe", b"seen")
-    fleet = InlineFleet(settings_for(config, objects))
+    fleet = InlineFleet(settings_for(config, objects), entry=entry)
     driver = Driver(config.name, objects, plans, held, lease, fleet, Progress(objects, quiet=True))
     driver.interrupt = Interrupt()
     if interrupt_at is not None:

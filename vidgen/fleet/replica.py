@@ -395,6 +395,9 @@ def _check(found: media.Encoded | media.Probe, request: Request, frames: int) ->
     size, wanted = (found.width, found.height), (request.width, request.height)
     if size != wanted or found.frames != frames:
         raise ItemError(f"the file holds {found.frames} frames of {size}, expected {frames} of {wanted}")
+    seconds = frames / request.fps
+    if isinstance(found, media.Probe) and abs(found.duration - seconds) > 1 / request.fps + 0.01 * seconds:
+        raise ItemError(f"the file lasts {found.duration:.3f} s, expected {seconds:.3f} s")
 
 
 def _extension(format: str) -> str:
