@@ -91,7 +91,8 @@ class Supply:
                 if turn not in borders:
                     borders[turn] = self._borders(cohort, level, band)
                 if number + 1 < len(borders[turn]):
-                    yield from self._round(cohort, *borders[turn][number : number + 2], level, band)
+                    begin, end = borders[turn][number], borders[turn][number + 1]
+                    yield from self._round(cohort, begin, end, level, band)
             if all(number + 2 >= len(found) for found in borders.values()):
                 return
 
