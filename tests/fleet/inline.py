@@ -40,6 +40,13 @@ class InlineFleet:
         self.workers[name], self.last[name] = worker, None
         self.waiting.append(ev.ReplicaReady(name, worker.start()))
 
+    def enlist(self, name: str, band: int, avoid: Sequence[str] = ()) -> None:
+        self.start(name)
+
+    def dismiss(self, name: str) -> None:
+        del self.last[name]
+        self.workers.pop(name).close()
+
     def send(self, name: str, batch: int, works: tuple[ev.Work, ...]) -> None:
         self.sent.append((name, works))
         self.workers[name].submit(batch, works)

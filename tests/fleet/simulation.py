@@ -32,6 +32,10 @@ class Behaviour:
     node_loss: float = 0.0
     storage: float = 0.0
     nodes: int = 2
+    drains: float = 0.0
+    """A node that will go, and whose replicas are replaced on another; what runs there may come back unfinished."""
+    rooms: float = 0.0
+    """The cluster has room for another number of replicas."""
     needs: dict[int, str] = field(default_factory=dict)
     sick: str = ""
     barren: str = ""
@@ -69,6 +73,7 @@ class Simulation:
         self.climbed: list[ev.Evidence] = []
         self.killed: dict[str, list[str]] = {}
         self.on_node: Counter[str] = Counter()
+        self.going: set[str] = set()
         self.largest = 0
         self.queue: list[ev.Event] = []
         self.sends: list[ev.Send] = []
@@ -92,6 +97,7 @@ class Simulation:
     def do(self, action: ev.Action) -> None:
         match action:
             case ev.Send():
+                assert self.place[action.replica] not in self.going, "work for a node that goes"
                 flying = [w.item.item_id for sends in self.queues.values() for s in sends for w in s.works]
                 for work in action.works:
                     assert work.item.item_id not in flying, "an item flies twice at once"
@@ -122,9 +128,17 @@ class Simulation:
                 given, todo[:] = todo[: action.items], todo[action.items :]
                 self.queue.append(ev.Offered(tuple(given), not todo, action.band))
             case ev.Recall():
-                for send in self.queues.get(action.replica, [])[1:]:
+                leaves = self.place[action.replica] in self.going and self.random.random() < 0.5
+                kept = 0 if leaves else 1
+                for send in self.queues.get(action.replica, [])[kept:]:
                     self.queue.append(ev.BatchReturned(action.replica, send.batch))
-                self.queues[action.replica] = self.queues.get(action.replica, [])[:1]
+                self.queues[action.replica] = self.queues.get(action.replica, [])[:kept]
+            case ev.Enlist():
+                self.place[action.replica] = f"n{int(action.replica[1:]) % self.behaviour.nodes}"
+                self.starting.append(action.replica)
+            case ev.Dismiss():
+                assert not self.queues.pop(action.replica, []), "a replica with work is closed"
+                self.starting = [name for name in self.starting if name != action.replica]
             case ev.Say():
                 self.said.append(action.text)
             case ev.Finish():
@@ -134,8 +148,16 @@ class Simulation:
         return Record(it.item_id, it.ordinal, status, 0, 1)
 
     def something_happens(self) -> list[ev.Event]:
+        if self.random.random() < self.behaviour.rooms:
+            return [ev.Room((self.random.randrange(6),))]
+        if self.queues and self.random.random() < self.behaviour.drains:
+            node = self.place[self.random.choice(sorted(self.queues))]
+            self.going.add(node)
+            return [ev.NodeDraining(node, self.random.choice([None, self.now + 30.0]))]
         if self.starting:
             name = self.starting.pop()
+            while self.place[name] in self.going:
+                self.place[name] += "'"
             node = self.place[name]
             if node == self.behaviour.barren:
                 return [ev.ReplicaLost(name, "start", "no driver", node)]

@@ -38,6 +38,8 @@ def histories(draw: st.DrawFn) -> tuple[Simulation, Behaviour]:
         node_loss=draw(st.sampled_from([0.0, 0.1])),
         storage=draw(st.sampled_from([0.0, 0.1])),
         nodes=draw(st.integers(1, 3)),
+        drains=draw(st.sampled_from([0.0, 0.1])),
+        rooms=draw(st.sampled_from([0.0, 0.2])),
     )
     behaviour.sick = draw(st.sampled_from(["", "", "n1"])) if behaviour.nodes > 1 else ""
     behaviour.barren = draw(st.sampled_from(["", "", "n1"])) if behaviour.nodes > 1 else ""
@@ -53,6 +55,7 @@ def histories(draw: st.DrawFn) -> tuple[Simulation, Behaviour]:
         band_of={"g0": 1} if gang else {},
         degree_of={"g0": 4} if gang else {},
         rungs=draw(st.sampled_from([(), ("caches",), ENGINE_RUNGS])),
+        idle_seconds=1.0,
     )
     total, replicas, seed = draw(st.integers(0, 40)), draw(st.integers(1, 4)), draw(st.integers(0, 10_000))
     suspects = draw(st.sets(rows, max_size=4))
@@ -178,6 +181,16 @@ def test_lost_nodes_and_storage_trouble_count_nothing() -> None:
     assert simulation.run().code is None
     assert sum(simulation.evidence.values()) == 0
     assert {record.status for record in simulation.committed.values()} == {"done"}
+
+
+def test_a_hundred_idle_replicas_that_are_lost_with_their_nodes_do_not_trip_the_breaker() -> None:
+    dispatcher = Dispatcher(Rules(), [f"r{i}" for i in range(100)])
+    for index in range(100):
+        dispatcher.handle(ev.ReplicaReady(f"r{index}", f"n{index}"), 0.0)
+    for index in range(100):
+        actions = dispatcher.handle(ev.ReplicaLost(f"r{index}", "node", "gone"), 0.0)
+        assert ev.Replace(f"r{index}") in actions
+    assert dispatcher.finished is None
 
 
 def test_after_a_batch_dies_its_items_run_one_by_one() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -292,8 +292,8 @@ class Stopped(inline.InlineFleet):
 
     driver: Any = None
 
-    def start(self, name: str) -> None:
-        super().start(name)
+    def start(self, name: str, avoid: Sequence[str] = ()) -> None:
+        super().start(name, avoid)
         worker = self.workers[name]
         progress = worker._progress
 

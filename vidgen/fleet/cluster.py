@@ -1,4 +1,4 @@
-"""Replicas as Ray actors. Beside their processes (`actors.py`) and `exporter.py` the only file that imports ray.
+"""Replicas as Ray actors.
 
 It starts actors, hands them work and turns what becomes of them into events. A gang is several actors that are placed,
 started and lost together: to everybody else it is one replica. Refuses to decide anything: who gets what, what a death
@@ -21,11 +21,13 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn, PlacementGroupSchedulingStrategy
 
 from vidgen.errors import ConfigError, GangError, UserError
+from vidgen.fleet import nodes
 from vidgen.fleet.actors import ReplicaActor, StartFailed, first_line
 from vidgen.fleet.events import Event, ReplicaLost, ReplicaReady, Work
-from vidgen.fleet.formation import Formation, Node
+from vidgen.fleet.formation import Formation
 from vidgen.fleet.gang import Entry, Seat
 from vidgen.fleet.replica import Pulse, Settings
+from vidgen.fleet.watch import Watch
 from vidgen.store.objects import new_token
 
 POLL_SECONDS = 1.0
@@ -82,7 +84,7 @@ class Handle:
 
 
 class RayFleet:
-    """The actors of one run. `poll` is the only call that waits."""
+    """The actors of one run. `poll` is the only call that waits; with a `watch` it tells of the cluster too."""
 
     def __init__(
         self,
@@ -95,6 +97,7 @@ class RayFleet:
         self.settings, self.formation, self.hang_seconds = settings, formation, hang_seconds
         self.entry = entry or Entry()
         self.handles: dict[str, Handle] = {}
+        self.watch: Watch | None = None
         self.start_seconds = FEWEST_START_SECONDS + weight_bytes / LOAD_BYTES_PER_SECOND
         self._awaited = ""
         self._asked_at = 0.0
@@ -112,6 +115,17 @@ class RayFleet:
             group = placement_group([bundle] * kind.layout.size, strategy="STRICT_PACK" if kind.strict else "PACK")
         self.handles[name] = Handle([], group)
         self._man(name, avoid)
+
+    def enlist(self, name: str, band: int, avoid: Sequence[str] = ()) -> None:
+        """Starts a replica that the formation did not have."""
+        if name not in self.formation.band_of:
+            self.formation = self.formation.with_one(name, band)
+        self.start(name, avoid)
+
+    def dismiss(self, name: str) -> None:
+        """Kills one replica, without an event."""
+        if (handle := self.handles.pop(name, None)) is not None:
+            self._kill(handle)
 
     def send(self, name: str, batch: int, works: tuple[Work, ...]) -> None:
         handle = self.handles.get(name)
@@ -142,13 +156,13 @@ class RayFleet:
             for reference in (process.call, process.poll)
             if reference is not None
         }
+        events: list[Event] = self.watch.look(time.monotonic()) if self.watch is not None else []
         if not waiting:
             time.sleep(timeout)
-            return []
-        done, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout)
+            return events
+        done, _ = ray.wait(list(waiting), num_returns=1, timeout=0 if events else timeout)
         if done:
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
-        events: list[Event] = []
         for reference in done:
             self._hear(*waiting[reference], reference, events)
         for name in list(self.handles):
@@ -248,7 +262,7 @@ class RayFleet:
             self._doubt(name, rank, first_line(error), events)
             return
         except RayError as error:
-            cause = "start" if handle.stage != "ready" else "crash" if _node_lives(process.node) else "node"
+            cause = "start" if handle.stage != "ready" else "crash" if nodes.lives(process.node) else "node"
             self._lose(name, cause, f"{_member(handle, rank)}{first_line(error)}", events)
             return
         if process.unreachable is not None:
@@ -295,7 +309,7 @@ class RayFleet:
         if ready and handle.pulse is not None and handle.pulse.silent > silent:
             silent, rank = handle.pulse.silent, 0
         if silent > allowed:
-            gone = next((p.node for p in handle.members if ready and not _node_lives(p.node)), None)
+            gone = next((p.node for p in handle.members if ready and not nodes.lives(p.node)), None)
             cause = "start" if not ready else "hang" if gone is None else "node"
             self._lose(name, cause, f"{_member(handle, rank)}no sign of life for {allowed:.0f} s", events)
 
@@ -364,10 +378,6 @@ def _host(node: str) -> str:
     return next((str(entry["NodeManagerHostname"]) for entry in ray.nodes() if entry["NodeID"] == node), node)
 
 
-def _node_lives(node: str) -> bool:
-    return any(entry["NodeID"] == node and entry["Alive"] for entry in ray.nodes())
-
-
 def _cause(error: RayTaskError) -> str:
     cause = error.cause
     if isinstance(cause, (UserError, StartFailed)):
@@ -392,19 +402,6 @@ def connect(address: str | None, log: Callable[[str], None]) -> None:
     except (ConnectionError, RayError, ValueError) as error:
         raise ConfigError(f"no Ray cluster at {wanted!r}: {first_line(error)}") from error
     log(f"joined the Ray cluster at {wanted}" if wanted else "started a local Ray cluster")
-
-
-def own_node() -> str:
-    """Id of the node this process runs on."""
-    node: str = ray.get_runtime_context().get_node_id()
-    return node
-
-
-def cluster_nodes() -> tuple[list[Node], int]:
-    """The machines of the cluster as it is now, and their bytes of memory in all."""
-    living = [entry["Resources"] for entry in ray.nodes() if entry["Alive"]]
-    nodes = [Node(float(found.get("CPU", 0)), int(found.get("GPU", 0))) for found in living]
-    return nodes, int(sum(found.get("memory", 0) for found in living))
 
 
 def disconnect() -> None:

@@ -9,24 +9,31 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from vidgen.fleet.aboard import Batch, Replica, barred, flies_alone
+from vidgen.fleet.drain import Draining
+from vidgen.fleet.elastic import Elastic, Standing, next_name
 from vidgen.fleet.events import (
     Action,
     BatchGenerated,
     BatchReturned,
+    Dismiss,
+    Enlist,
     Event,
     Finish,
     ItemDone,
     ItemFailed,
     Look,
     Looked,
+    NodeDraining,
     Offered,
     Recall,
     Refill,
     Replace,
     ReplicaLost,
     ReplicaReady,
+    Room,
     Say,
     Send,
     StopAsked,
@@ -49,27 +56,6 @@ MAX_RESTART_BACKOFF = 60.0
 
 
 @dataclass(slots=True)
-class Batch:
-    number: int
-    tasks: dict[str, Task]
-    generated: bool = False
-    size: int = 0
-
-
-@dataclass(slots=True)
-class Replica:
-    name: str
-    band: int = 0
-    node: str = ""
-    ready: bool = False
-    batches: dict[int, Batch] = field(default_factory=dict)
-
-    def waiting(self) -> int:
-        """Batches whose frames are not made yet."""
-        return sum(not batch.generated for batch in self.batches.values())
-
-
-@dataclass(slots=True)
 class Starts:
     """How the replicas of one band come up: starts that failed since one of them was ready, by replica."""
 
@@ -81,9 +67,11 @@ class Dispatcher:
     """One run's decisions. `handle(event, now)` returns the actions in the order in which they must be done."""
 
     def __init__(self, rules: Rules, replicas: list[str]) -> None:
-        self.rules = rules
+        bands = {name: rules.band_of.get(name, 0) for name in replicas}
+        self.rules = replace(rules, band_of={**rules.band_of, **bands})
         self.replicas = {name: self._replica(name) for name in replicas}
         self.order, self.judge, self.health = Order(rules), Judge(rules), Health()
+        self.draining, self.elastic = Draining(), Elastic(rules.idle_seconds)
         self._starts = [Starts() for _ in self.order.bands]
         self._served = {replica.band for replica in self.replicas.values()}
         self.looking: dict[str, tuple[Task, ReplicaLost, bool, str]] = {}
@@ -145,6 +133,10 @@ class Dispatcher:
                 self._failed(event, now, actions)
             case Looked():
                 self._looked(event, now, actions)
+            case NodeDraining():
+                actions += self.draining.notice(event, self.replicas.values(), now)
+            case Room():
+                self.elastic.room = event.replicas
             case StopAsked():
                 if self.stopping is None:
                     self.stopping = event
@@ -238,7 +230,7 @@ class Dispatcher:
             actions.append(self.finished)
             return
         aboard = [task for batch in replica.batches.values() for task in batch.tasks.values()]
-        if (not aboard and event.cause not in ("start", "late")) or event.cause == "gang":
+        if (not aboard and event.cause not in ("start", "late", "node")) or event.cause == "gang":
             self.judge.mark(event.cause)
         guilty = event.cause in ("crash", "hang") and len(aboard) == 1
         for task in aboard:
@@ -250,14 +242,14 @@ class Dispatcher:
             self._trouble(event.node, {replica.band}, now, actions)
         elif event.cause != "node" and not any(task.killed_on - {replica.node} for task in aboard):
             self._trouble(replica.node, {replica.band}, now, actions)
-        if self.stopping is None:
+        if self._is_replaced(replica.band):
             self.replicas[event.replica] = self._replica(event.replica)
             self._restart(event, replica.band, now, actions)
 
     def _restart(self, event: ReplicaLost, band: int, now: float, actions: list[Action]) -> None:
         """A replacement, at once or after a while; or the end of the run, if none of the band comes up."""
         if event.cause not in ("start", "late"):
-            actions.append(Replace(event.replica, tuple(sorted(self.health.avoided()))))
+            actions.append(Replace(event.replica, self._avoided()))
             return
         starts = self._starts[band]
         starts.failures[event.replica] += 1
@@ -304,7 +296,7 @@ class Dispatcher:
 
     def _usable(self) -> list[Replica]:
         """Replicas that are ready, those on avoided nodes only where no other of their band is."""
-        ready = [replica for replica in self.replicas.values() if replica.ready]
+        ready = [r for r in self.replicas.values() if r.ready and r.node not in self.draining]
         avoided = self.health.avoided()
         served = {replica.band for replica in ready if replica.node not in avoided}
         return [replica for replica in ready if replica.node not in avoided or replica.band not in served]
@@ -324,6 +316,48 @@ class Dispatcher:
                 self.replicas[name] = self._replica(name)
                 actions.append(Replace(name, tuple(sorted(avoided))))
 
+    # ---------------------------------------------------------------- how many replicas
+
+    def _avoided(self) -> tuple[str, ...]:
+        return tuple(sorted(self.health.avoided()))
+
+    def _is_replaced(self, band: int) -> bool:
+        """Whether a replica that is gone gets a successor."""
+        others = sum(other.band == band for other in self.replicas.values())
+        return self.stopping is None and self.elastic.replaces(band, others)
+
+    def _resize(self, now: float, actions: list[Action]) -> None:
+        """Closes what is done on nodes that go, and follows the cluster where the number of replicas does."""
+        for name in self.draining.left(self.replicas.values()):
+            if self._is_replaced(self._dismiss(name, actions)):
+                self.replicas[name] = self._replica(name)
+                actions.append(Replace(name, self._avoided()))
+        unsettled = self.order.later() + len(self.looking) + len(self.judge.withheld)
+        for number, band in enumerate(self.order.bands):
+            if number not in self._served or not self.elastic.follows(number):
+                continue
+            standing = [Standing(r.name, r.ready, r.busy) for r in self.replicas.values() if r.band == number]
+            change = self.elastic.change(number, standing, len(band.waiting) + unsettled, not band.exhausted, now)
+            for name in change.fewer:
+                self._dismiss(name, actions)
+            for _ in range(change.more):
+                self._enlist(number, actions)
+
+    def _dismiss(self, name: str, actions: list[Action]) -> int:
+        """Closes a replica; returns its band."""
+        self._restarts = [(when, other) for when, other in self._restarts if other != name]
+        heapq.heapify(self._restarts)
+        actions.append(Dismiss(name))
+        return self.replicas.pop(name).band
+
+    def _enlist(self, band: int, actions: list[Action]) -> None:
+        known = self.rules.band_of
+        name, like = next_name(known, band, self.replicas)
+        degrees = {**self.rules.degree_of, name: self.rules.degree_of.get(like, 1)}
+        self.rules = replace(self.rules, band_of={**known, name: band}, degree_of=degrees)
+        self.replicas[name] = self._replica(name)
+        actions.append(Enlist(name, band, self._avoided()))
+
     # ---------------------------------------------------------------- decisions
 
     def _decide(self, now: float, actions: list[Action]) -> None:
@@ -337,8 +371,9 @@ class Dispatcher:
         if self.stopping is None:
             self._move(now, actions)
             while self._restarts and self._restarts[0][0] <= now:
-                actions.append(Replace(heapq.heappop(self._restarts)[1], tuple(sorted(self.health.avoided()))))
+                actions.append(Replace(heapq.heappop(self._restarts)[1], self._avoided()))
             self._assign(actions)
+            self._resize(now, actions)
             for number, band in enumerate(self.order.bands):
                 if room := self.order.room(number):
                     band.asked = True
@@ -366,7 +401,7 @@ class Dispatcher:
         for depth in range(1 + self.rules.prefetch):
             for replica in sorted(ready, key=Replica.waiting):
                 if replica.waiting() <= depth:
-                    batch = self._next_batch(replica, count[replica.band], _barred(replica, nodes[replica.band]))
+                    batch = self._next_batch(replica, count[replica.band], barred(replica, nodes[replica.band]))
                     if batch is not None:
                         replica.batches[batch.number] = batch
                         works = tuple(
@@ -374,28 +409,19 @@ class Dispatcher:
                         )
                         actions.append(Send(replica.name, batch.number, works))
 
-    def _next_batch(self, replica: Replica, ready: int, barred: Barred) -> Batch | None:
+    def _next_batch(self, replica: Replica, ready: int, unfit: Barred) -> Batch | None:
         """The next items for a replica. An item that must fly alone has a replica to itself, nothing prefetched behind
         it, so that a crash has one suspect; one from a driver that died, the driver's whole machine. One that killed a
         replica goes to another node, if there is one."""
-        first = self.order.first(replica.band, barred)
-        if first is None or (replica.batches and (first.alone or first.suspect or _flies_alone(replica))):
+        first = self.order.first(replica.band, unfit)
+        if first is None or (replica.batches and (first.alone or first.suspect or flies_alone(replica))):
             return None
         if replica.node == self.rules.own_node:
             aboard = self._aboard(replica.node)
             if any(task.suspect for task in aboard) or (first.suspect and aboard):
                 return None
-        tasks = self.order.take(replica.band, ready, barred)
+        tasks = self.order.take(replica.band, ready, unfit)
         for task in tasks:
             task.attempt += 1
         self._number += 1
         return Batch(self._number, {task.item_id: task for task in tasks}, size=len(tasks))
-
-
-def _barred(replica: Replica, nodes: set[str]) -> Barred:
-    """Which items a replica may not have: those that killed one on its node, while another node has not had them."""
-    return lambda task: replica.node in task.killed_on and not nodes <= task.killed_on
-
-
-def _flies_alone(replica: Replica) -> bool:
-    return any(task.alone or task.suspect for batch in replica.batches.values() for task in batch.tasks.values())

@@ -38,6 +38,8 @@ class Fleet(Protocol):
     """Replicas, wherever they run: `vidgen.fleet.cluster.RayFleet`."""
 
     def start(self, name: str, avoid: Sequence[str] = ()) -> None: ...
+    def enlist(self, name: str, band: int, avoid: Sequence[str] = ()) -> None: ...
+    def dismiss(self, name: str) -> None: ...
     def send(self, name: str, batch: int, works: tuple[ev.Work, ...]) -> None: ...
     def recall(self, name: str, within: float | None = None) -> None: ...
     def pulses(self) -> dict[str, Pulse | None]: ...
@@ -131,6 +133,8 @@ class Driver:
             self._settle(event.record)
         elif isinstance(event, ev.ReplicaLost):
             self._spent_before += self._busy.pop(event.replica, 0.0)  # its successor counts from zero
+        elif isinstance(event, ev.NodeDraining):
+            self.progress.say(f"node {event.node[:8]} will go: it gets nothing new")
         elif isinstance(event, ev.Noted):
             self.progress.say(f"{event.replica}: {event.text}", replica=event.replica)
         self.saves.hear(event, self.state.generation_of)
@@ -151,6 +155,13 @@ class Driver:
             case ev.Replace():
                 self._spent_before += self._busy.pop(action.replica, 0.0)
                 self.fleet.start(action.replica, action.avoid)
+            case ev.Enlist():
+                self.progress.say(f"replica {action.replica} is started, or waits for a place")
+                self.fleet.enlist(action.replica, action.band, action.avoid)
+            case ev.Dismiss():
+                self.progress.say(f"replica {action.replica} is closed: its node goes, or it has nothing to do")
+                self.fleet.dismiss(action.replica)
+                self._spent_before += self._busy.pop(action.replica, 0.0)
             case ev.Look():
                 record = commits.read_commit(self.objects, action.generation, action.item_id)
                 if record is not None:

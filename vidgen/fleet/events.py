@@ -141,6 +141,21 @@ class Looked:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeDraining:
+    """A node will go, by `deadline` on the dispatcher's clock; None where it is not said when."""
+
+    node: str
+    deadline: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many replicas of each band the cluster has room for; None where their number is given."""
+
+    replicas: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsked:
     """No new batches. `code` is the exit code when what is in flight has ended."""
 
@@ -164,6 +179,8 @@ Event = (
     | ItemDone
     | ItemFailed
     | Looked
+    | NodeDraining
+    | Room
     | StopAsked
     | Tick
 )
@@ -194,6 +211,22 @@ class Replace:
 
     replica: str
     avoid: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Enlist:
+    """Start one replica more, for a band. `avoid`: as of Replace."""
+
+    replica: str
+    band: int
+    avoid: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Dismiss:
+    """Close a replica that has nothing to do."""
+
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,4 +288,4 @@ class Finish:
     reason: str
 
 
-Action = Send | Recall | Replace | Look | Evidence | Settle | Refill | Say | Finish
+Action = Send | Recall | Replace | Enlist | Dismiss | Look | Evidence | Settle | Refill | Say | Finish

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vidgen.errors import ConfigError
@@ -24,10 +24,11 @@ SMALLEST_SHARE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What one machine of the cluster has."""
+    """What one machine of the cluster has; `id` is Ray's name for it."""
 
     cpus: float
     gpus: int
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,12 @@ class Formation:
 
     def kind(self, name: str) -> Kind:
         return self.kinds[self._by_name[name]]
+
+    def with_one(self, name: str, band: int) -> Formation:
+        """This formation with one replica more."""
+        kinds = list(self.kinds)
+        kinds[band] = replace(kinds[band], names=(*kinds[band].names, name))
+        return replace(self, kinds=tuple(kinds))
 
     def degrees(self) -> dict[str, int]:
         """Members of each replica."""
@@ -136,13 +143,13 @@ def on_cpus(bands: Sequence[Band], nodes: Sequence[Node], pending: int, fit: int
     auto = any(band.replicas is None for band in bands if band.items != 0)
     members, _, _ = cpu_replicas(cpus, fit, most, None if auto else insisted, threads)
     members = max(members, insisted)
-    share = _share(nodes, members)
+    share = share_of(nodes, members)
     slots = [int(node.cpus / share + 1e-6) for node in nodes]
     slots[slots.index(max(slots))] += max(0, members - sum(slots))
     counts, strict, notes = _counts(bands, slots, pending, insist=False)
     members = sum(count * band.layout.size for count, band in zip(counts, bands, strict=True))
     _, threads, share = cpu_replicas(cpus, fit, pending, members, threads)
-    share = min(share, math.floor(_share(nodes, members) / SMALLEST_SHARE) * SMALLEST_SHARE)
+    share = min(share, math.floor(share_of(nodes, members) / SMALLEST_SHARE) * SMALLEST_SHARE)
     return Formation(_kinds(bands, counts, strict), share, 0, threads, _limits(bands), notes)
 
 
@@ -156,7 +163,7 @@ def cpu_replicas(cpus: int, fit: int, pending: int, wanted: int | None, threads:
     return count, threads or max(1, cpus // count), reserved
 
 
-def _share(nodes: Sequence[Node], members: int) -> float:
+def share_of(nodes: Sequence[Node], members: int) -> float:
     """The largest share of a CPU at which the nodes hold so many members."""
     shares = {node.cpus / part for node in nodes if node.cpus > 0 for part in range(1, members + 1)}
     fitting = [s for s in shares if sum(int(node.cpus / s + 1e-6) for node in nodes) >= members]
@@ -219,6 +226,13 @@ def _counts(
             f"{idle} of the cluster's GPUs stay idle: no replica of this configuration fits them, or needs them"
         )
     return counts, strict, tuple(notes)
+
+
+def room_for(bands: Sequence[Band], free: Sequence[int]) -> list[int]:
+    """Replicas of each band where there are so many places on each node, as if every band had all the items it could
+    want; none of a band that has none."""
+    counts, _, _ = _counts(bands, list(free), sum(free), insist=False)
+    return counts
 
 
 def _fair(band: Band, later: Sequence[Band], free: int, most: int) -> int:

@@ -65,6 +65,10 @@ class Order:
     def pending(self) -> int:
         return sum(len(band.waiting) for band in self.bands) + len(self._later)
 
+    def later(self) -> int:
+        """How many wait for their time."""
+        return len(self._later)
+
     def exhausted(self) -> bool:
         """Whether all of the plan has been offered."""
         return all(band.exhausted for band in self.bands)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import queue
 import shutil
 import socket
 import statistics
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -24,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen import VERSION, family, media
 from vidgen.errors import Cancelled, ConfigError, GangError, GenerationError, InfrastructureError, ItemError
-from vidgen.fleet import saving
+from vidgen.fleet import saving, scratch
 from vidgen.fleet.events import BatchGenerated, BatchReturned, Event, ItemDone, ItemFailed, Noted, Work
 from vidgen.fleet.gang import BROKEN, Entry, Peers, Watch, in_step
 from vidgen.fleet.saving import Keeper, Pace
 from vidgen.formats import FORMATS
 from vidgen.report.summary import signature
 from vidgen.store import commits
-from vidgen.store.epochs import start_time
 from vidgen.store.objects import Objects, new_token
 from vidgen.types import Hooks, ModelSettings, Record, Request, Video
 
@@ -126,7 +123,7 @@ class Worker:
         """Loads the model and starts working; returns the node's name. ConfigError if this replica must not run. With a
         gang this is its first rank, and `peers` are the others."""
         self._read_back()
-        self._scratch = _scratch_folder()
+        self._scratch = scratch.folder()
         self._peers, self._watch = peers, Watch(peers) if peers is not None else None
         self._engine = self._load(gang)
         for target in (self._work, self._write):
@@ -402,17 +399,3 @@ def _check(found: media.Encoded | media.Probe, request: Request, frames: int) ->
 
 def _extension(format: str) -> str:
     return FORMATS[format].extension
-
-
-def _scratch_folder() -> Path:
-    """A folder of this process below the system's temporary one; those of processes that died are swept."""
-    root = Path(tempfile.gettempdir()) / f"vidgen-{os.getuid() if hasattr(os, 'getuid') else 0}"
-    root.mkdir(exist_ok=True)
-    for folder in root.iterdir():
-        with contextlib.suppress(ValueError):
-            host, pid, begun, _ = folder.name.rsplit("_", 3)
-            if host == socket.gethostname() and start_time(int(pid)) != begun:
-                shutil.rmtree(folder, ignore_errors=True)
-    own = root / f"{socket.gethostname()}_{os.getpid()}_{start_time(os.getpid()) or 0}_{new_token()}"
-    own.mkdir()
-    return own

@@ -16,8 +16,9 @@ class Rules:
     says which band a replica serves (0 where it says nothing), and an item goes to replicas of its own band only.
     `degree_of`: members of a replica, where it is a gang.
 
-    `order`: how the plan is taken, of `supply.ORDERS`. `rungs`: what an engine of this run can do to need less memory,
-    of `judgement.LADDER`."""
+    `order`: how the plan is taken, of `supply.ORDERS`. `idle_seconds`: how long a replica too many is idle before it is
+    closed, where their number follows the cluster. `rungs`: what an engine of this run can do to need less memory, of
+    `judgement.LADDER`."""
 
     max_attempts: int = 3
     breaker_failures: int = 50
@@ -26,6 +27,7 @@ class Rules:
     batch_items: int = 1
     prefetch: int = 1
     own_node: str = ""
+    idle_seconds: float = 60.0
     bands: tuple[int, ...] = ()
     band_of: Mapping[str, int] = field(default_factory=dict)
     degree_of: Mapping[str, int] = field(default_factory=dict)

@@ -12,20 +12,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 
 from vidgen import family, manifest
 from vidgen.config import JobConfig, to_dict
 from vidgen.errors import ConfigError, UserError
-from vidgen.fleet import cluster, exporter, formation
+from vidgen.fleet import cluster, elastic, exporter, formation, nodes
 from vidgen.fleet.dispatch import Rules
 from vidgen.fleet.driver import Driver, Interrupt, Limits, Outcome, finished_code
-from vidgen.fleet.formation import Formation
+from vidgen.fleet.formation import Band, Formation, Node
 from vidgen.fleet.formation import cpu_replicas as cpu_replicas
 from vidgen.fleet.metrics import Meter
 from vidgen.fleet.observer import Observer
 from vidgen.fleet.opening import Run, deadline_of, prepare
 from vidgen.fleet.progress import Progress
 from vidgen.fleet.replica import Settings
+from vidgen.fleet.watch import Watch
 from vidgen.plan import model, placing
 from vidgen.plan.cost import device_problem
 from vidgen.store import epochs, state
@@ -88,12 +90,13 @@ def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress,
     with _signals(interrupt) as install:
         cluster.connect(options.address, progress.say)
         install()
-        settings, replicas = _replicas(run, pending, lease)
+        settings, replicas, watch = _replicas(run, pending, lease)
         for note in replicas.notes:
             progress.say(f"note: {note}")
         progress.say(f"replicas on {settings.model.device}: {replicas}; {settings.model.threads or 'all'} threads each")
         weights = int(run.plans[-1].estimate["weight_bytes"])
         fleet = cluster.RayFleet(settings, replicas, run.config.run.hang_seconds, weight_bytes=weights)
+        fleet.watch = watch
         driver = Driver(run.config.name, run.objects, run.plans, held, lease, fleet, progress)
         driver.interrupt = interrupt
         meter = Meter(exporter.RaySink(run.config.name, run.objects.url))
@@ -105,10 +108,10 @@ def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress,
             cluster.disconnect()
 
 
-def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, Formation]:
+def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, Formation, Watch]:
     config, plan = run.config, run.plans[-1]
-    nodes, memory = cluster.cluster_nodes()
-    cpus, gpus = int(sum(node.cpus for node in nodes)), sum(node.gpus for node in nodes)
+    found, memory = nodes.cluster_nodes()
+    cpus, gpus = int(sum(node.cpus for node in found)), sum(node.gpus for node in found)
     needs_weights = family.spec(plan.family).CHECKPOINT
     problem = device_problem(plan.estimate, config.engine.device, gpus, cpus) if needs_weights else None
     if problem:
@@ -120,17 +123,25 @@ def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, Fo
     placement = placing.settled(run.plans, config, members)
     parallel, heads = (parallel, 1) if placement is None else (placement.parallel, placement.heads)
     estimates = [p.estimate for p in run.plans]
-    per_node = max((node.gpus for node in nodes), default=0) if device == "cuda" else None
+    per_node = max((node.gpus for node in found), default=0) if device == "cuda" else None
     bands = formation.bands_of(parallel, heads, estimates, per_node or None)
     threads = None if config.engine.threads == "auto" else int(config.engine.threads)
     if device == "cuda":
-        replicas = formation.on_gpus(bands, nodes, pending, threads)
+        replicas = formation.on_gpus(bands, found, pending, threads)
     else:
         each = CPU_REPLICA_BYTES + 2 * int(plan.estimate["weight_bytes"])
-        replicas = formation.on_cpus(bands, nodes, pending, memory // each, threads)
+        replicas = formation.on_cpus(bands, found, pending, memory // each, threads)
     if placement is not None and placement.whys:
         replicas = replace(replicas, notes=(*_chosen(placement.whys), *replicas.notes))
-    return _settings(run, lease, device, replicas.threads), replicas
+    return _settings(run, lease, device, replicas.threads), replicas, _watch(bands, replicas, found)
+
+
+def _watch(bands: Sequence[Band], replicas: Formation, found: Sequence[Node]) -> Watch:
+    """Looks for nodes that will go, and, where a number of replicas is not given, for those that come."""
+    if all(band.replicas is not None for band in bands):
+        return Watch(nodes.draining, nodes.present)
+    share = None if replicas.gpus else formation.share_of(found, sum(replicas.degrees().values()))
+    return Watch(nodes.draining, nodes.present_and_to_come, partial(elastic.rooms, bands, share))
 
 
 def _chosen(whys: Mapping[str, str]) -> list[str]:
@@ -168,7 +179,7 @@ def _rules(run: Run, settings: Settings, replicas: Formation) -> Rules:
         breaker_failures=config.run.breaker_failures,
         batch_tokens=int(tokens),
         batch_items=BATCH_ITEMS,
-        own_node=cluster.own_node(),
+        own_node=nodes.own_node(),
         bands=replicas.bands,
         band_of=replicas.band_of,
         degree_of=replicas.degrees(),

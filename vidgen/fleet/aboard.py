@@ -1,0 +1,47 @@
+"""What each replica has aboard. Decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vidgen.fleet.events import Task
+from vidgen.fleet.order import Barred
+
+
+@dataclass(slots=True)
+class Batch:
+    """What a replica was sent at once. `generated`: all its frames are made; `size`: of how many items it was."""
+
+    number: int
+    tasks: dict[str, Task]
+    generated: bool = False
+    size: int = 0
+
+
+@dataclass(slots=True)
+class Replica:
+    """A replica as the dispatcher knows it: where it is, and what it has."""
+
+    name: str
+    band: int = 0
+    node: str = ""
+    ready: bool = False
+    batches: dict[int, Batch] = field(default_factory=dict)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.batches)
+
+    def waiting(self) -> int:
+        """Batches whose frames are not made yet."""
+        return sum(not batch.generated for batch in self.batches.values())
+
+
+def barred(replica: Replica, nodes: set[str]) -> Barred:
+    """Which items a replica may not have: those that killed one on its node, while another node has not had them."""
+    return lambda task: replica.node in task.killed_on and not nodes <= task.killed_on
+
+
+def flies_alone(replica: Replica) -> bool:
+    """Whether it has an item that must have no company."""
+    return any(task.alone or task.suspect for batch in replica.batches.values() for task in batch.tasks.values())
