@@ -141,13 +141,25 @@ def test_each_band_gets_its_items_and_no_other(order: str, tmp_path: Any) -> Non
     assert sum(len(taken(source, band)) for band in range(3)) == 600
 
 
-def test_items_that_may_share_a_batch_share_a_place_where_there_are_batches(tmp_path: Any) -> None:
-    frames = arranged("turned")
-    alone = supplied(tmp_path, "stratified", frames=frames)
-    assert [place for _, place in alone.read(0)] == list(range(600))
-    rules = Rules(order="stratified", batch_items=32, batch_tokens=10_000)
-    together = Supply(alone.objects, alone.plans, alone.state, rules)
-    assert Counter(place for _, place in together.read(0)) == Counter(index // 32 for index in range(600))
+def test_items_that_may_share_a_batch_share_a_place_where_there_are_batches(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = supplied(tmp_path, "stratified", frames=arranged("turned"))
+    most = max(item.tokens for item in taken(alone))
+
+    def sizes(batch_tokens: int) -> Counter[int]:
+        """How many places there are of each size."""
+        rules = Rules(order="stratified", batch_items=32, batch_tokens=batch_tokens)
+        together = Supply(alone.objects, alone.plans, alone.state, rules)
+        found = [place for _, place in together.read(0)]
+        assert found == sorted(found)
+        return Counter(Counter(found).values())
+
+    assert sizes(0) == {1: 600}
+    assert max(sizes(3 * most)) >= 3 and min(sizes(3 * most)) <= 3, "as many as fit into a batch"
+    assert sizes(10**9) == {600 // supply.PLACES: 66, 6: 1}, "but there are many places, however small the plan"
+    monkeypatch.setattr(supply, "PLACES", 1)
+    assert sizes(10**9) == {32: 18, 24: 1}
     assert {place for _, place in supplied(tmp_path, "longest").read(0)} == {0}
 
 

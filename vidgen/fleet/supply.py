@@ -13,8 +13,8 @@ replicas, and what became of an item.
 How stratified comes about. In a part, the items of one shape get places in [0, 1), evenly, so that the first of them
 lie evenly in the part (the j-th at the rank of frac(j x golden ratio) among them). A round takes a slice of places
 from every part of a cohort, which is every c-th part of the plan, and cohorts take turns. So after k items of a plan of
-one cohort of P parts with S shapes, of a shape with share p there are k p of them, give or take P (1 + S p). Where
-there are several bands of items, that is so in each: they are made by replicas of their own.
+one cohort of P parts with S shapes, of a shape with share p there are k p of them, give or take P (1 + S p), and a
+place. Where there are several bands of items, that is so in each: they are made by replicas of their own.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ PRIORITY_LEVELS = 16
 PARTS_AT_ONCE = 32
 """Parts of a cohort: a million items. Each round reads all of them."""
 ROUND_ITEMS = 2048
+PLACES = 64
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 _DECIDING = ["tokens", "batch_key", "priority"]
@@ -58,11 +59,12 @@ class Supply:
     _of_part: dict[str, Level] = field(default_factory=dict)
 
     def read(self, band: int) -> Iterator[tuple[Item, int]]:
-        """(item, place) of each pending item of a band. Items of one place may go in any order."""
+        """(item, place) of each pending item of a band. Items of one place may go in any order: where items share
+        batches, as many as make a batch, so that equal shapes meet; but there are PLACES of them at least."""
         if not self._levels:
             self._find_levels()
-        stride = max(1, self.rules.batch_items) if self.rules.batch_tokens else 1  # so that equal shapes meet
-        count = 0
+        place, count, widest = 0, 0, 1
+        coarsest = max(1, self.state.count("pending") // PLACES)
         for level in self._levels:
             parts = [
                 (index, plan, part)
@@ -71,7 +73,11 @@ class Supply:
             ]
             ordered = self._stratified(parts, level, band) if self.rules.order == "stratified" else None
             for item in ordered or self._as_planned(parts, level, band):
-                yield item, 0 if self.rules.order == "longest" else count // stride
+                widest = max(widest, item.tokens)
+                together = min(self.rules.batch_items, self.rules.batch_tokens // widest, coarsest)
+                if count >= together and self.rules.order != "longest":
+                    place, count, widest = place + 1, 0, item.tokens
+                yield item, place
                 count += 1
 
     # ---------------------------------------------------------------- orders
