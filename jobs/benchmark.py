@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidgen.config import from_dict
+from vidgen.fleet.dispatch import Rules
+from vidgen.fleet.offering import long_first, long_flops
+from vidgen.fleet.rehearsal import Rehearsal, Rehearsed
 from vidgen.plan.build import build
 from vidgen.plan.files import read_items
 from vidgen.store import commits, ledger, state
 from vidgen.store.objects import Objects
-from vidgen.types import Record
+from vidgen.types import Item, Record, Request
 
 LEDGER_RECORDS = 5_000
 """Commits of a ledger part, as a driver writes them."""
@@ -203,6 +206,54 @@ def _ray_data(source: Path, folder: str, data: bytes, replicas: int) -> list[flo
 
 
 def tail(arguments: argparse.Namespace) -> None:
+    """When a run of mixed items ends, over the least that is possible: the real dispatcher, and static equal shards."""
+    print(
+        f"rehearsed: {arguments.items:,} items on {arguments.replicas} replicas, one prefetched; each takes its shape's"
+        f" seconds +- {arguments.jitter:.0%}, which the dispatcher does not know; per cent are of the lower bound"
+    )
+    print(f"{'workload':30} {'plan order':15} {'bound':>9} {'over it':>8} {'an item':>8} {'shards':>8} {'changes':>8}")
+    for name, (kinds, shares) in (PUBLISHED | MIXED).items():
+        for order in ("shuffled", "shortest first", "longest first"):
+            draw = np.random.default_rng(0)
+            costs = draw.choice(kinds, arguments.items, p=np.array(shares) / np.sum(shares))
+            costs = costs if order == "shuffled" else np.sort(costs)[:: 1 if order == "shortest first" else -1]
+            takes = costs * draw.normal(1.0, arguments.jitter, arguments.items).clip(0.1)
+            found = _rehearsed(costs, takes, arguments.replicas)
+            bound = max(takes.sum() / arguments.replicas, takes.max())
+            shards = max(shard.sum() for shard in np.array_split(takes, arguments.replicas))
+            print(
+                f"{name:30} {order:15} {bound / 3600:7.2f} h {found.seconds / bound - 1:8.2%} "
+                f"{takes.max() / bound:8.2%} {shards / bound - 1:8.1%} {found.changes / arguments.replicas:8.1f}"
+            )
+
+
+def _rehearsed(costs: np.ndarray, takes: np.ndarray, replicas: int) -> Rehearsed:
+    """The items of a plan in its order, offered as a driver offers them. A FLOP stands for a second."""
+    kinds, counts = np.unique(costs, return_counts=True)
+    shapes = [{"tflops_per_item": k / 1e12, "items": n} for k, n in zip(kinds.tolist(), counts.tolist(), strict=True)]
+    rules = Rules()
+
+    def read() -> Iterator[Item]:
+        return (_item(ordinal, cost) for ordinal, cost in enumerate(costs.tolist()))
+
+    items = long_first(read, long_flops(shapes, rules.window, replicas))
+    names = [f"r{number:04d}" for number in range(replicas)]
+    return Rehearsal(items, names, lambda item, replica: float(takes[item.ordinal]), rules).run()
+
+
+def _item(ordinal: int, cost: float) -> Item:
+    request = Request("t2v", "", "", 0, 64, 64, 1, 1.0, 1, 1.0, "")
+    return Item(ordinal, f"{ordinal:032x}", str(ordinal), 0, request, "", "", f"{cost:g}", 1, cost)
+
+
+MIXED = {
+    "99 % at 48 s, 1 % at an hour": ([47.8, 3600.0], [0.99, 0.01]),
+    "20 shapes of 10 s to 1,000 s": ([10.0 * 100 ** (n / 19) for n in range(20)], [1.0] * 20),
+}
+"""Workloads harder than the published ones: (seconds an item, shares)."""
+
+
+def gangs(arguments: argparse.Namespace) -> None:
     """What merging idle GPUs into gangs for the last items would gain over one replica a GPU: a simulation, no run."""
     from vidgen.store import ledger
 
@@ -384,7 +435,12 @@ def main() -> None:
     dispatching.add_argument("--items", type=int, default=10_000)
     dispatching.add_argument("--replicas", type=int, default=2)
 
-    ending = mode(tail)
+    evening = mode(tail)
+    evening.add_argument("--items", type=int, default=10_000)
+    evening.add_argument("--replicas", type=int, default=64)
+    evening.add_argument("--jitter", type=float, default=0.05, help="standard deviation of an item's seconds")
+
+    ending = mode(gangs)
     ending.add_argument("--output", help="a finished run, whose recorded seconds are taken; else published ones")
     ending.add_argument("--load", type=float, default=60.0, help="seconds to load the model")
     ending.add_argument("--efficiency", type=float, default=0.64, help="of a gang of 8 (engines reach 0.31 to 0.86)")

@@ -54,6 +54,9 @@ class InlineFleet:
     def recall(self, name: str, within: float | None = None) -> None:
         self.workers[name].leave(within)
 
+    def reclaim(self, name: str) -> None:
+        self.workers[name].recall()
+
     def pulses(self) -> dict[str, Pulse | None]:
         return dict(self.last)
 

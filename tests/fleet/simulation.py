@@ -133,6 +133,10 @@ class Simulation:
                 for send in self.queues.get(action.replica, [])[kept:]:
                     self.queue.append(ev.BatchReturned(action.replica, send.batch))
                 self.queues[action.replica] = self.queues.get(action.replica, [])[:kept]
+            case ev.Reclaim():
+                for send in self.queues.get(action.replica, [])[1:]:
+                    self.queue.append(ev.BatchReturned(action.replica, send.batch))
+                self.queues[action.replica] = self.queues.get(action.replica, [])[:1]
             case ev.Enlist():
                 self.place[action.replica] = f"n{int(action.replica[1:]) % self.behaviour.nodes}"
                 self.starting.append(action.replica)

@@ -268,7 +268,7 @@ def test_an_item_climbs_the_ladder_one_rung_a_failure_and_no_rung_counts() -> No
 
 
 def test_rungs_that_a_run_does_not_have_are_skipped_and_the_last_failure_counts() -> None:
-    simulation = Simulation(6, Behaviour(needs={2: "more"}), Rules(batch_items=4, batch_tokens=4))
+    simulation = Simulation(6, Behaviour(needs={2: "more"}), Rules(batch_items=4, batch_tokens=4), replicas=1)
     assert simulation.run().code is None
     assert simulation.committed[item(2).item_id].status == "failed"
     assert {evidence.next for evidence in simulation.climbed} == {"alone"}

@@ -47,7 +47,7 @@ def test_the_last_item_of_many_equal_ones_is_shared_and_a_full_wave_is_not() -> 
 
 
 def test_the_table_says_what_it_is_and_what_it_assumes() -> None:
-    done = subprocess.run([sys.executable, str(PATH), "tail"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(PATH), "gangs"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     first, _, *rows = done.stdout.splitlines()
     assert "simulated" in first and "64% efficient" in first and "60 s to load" in first

@@ -56,6 +56,9 @@ class Instant:
     def recall(self, name: str, within: float | None = None) -> None:
         pass
 
+    def reclaim(self, name: str) -> None:
+        pass
+
     def pulses(self) -> dict[str, Pulse | None]:
         return {}
 

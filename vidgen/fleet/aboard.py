@@ -10,12 +10,15 @@ from vidgen.fleet.order import Barred
 
 @dataclass(slots=True)
 class Batch:
-    """What a replica was sent at once. `generated`: all its frames are made; `size`: of how many items it was."""
+    """What a replica was sent at once. `generated`: all its frames are made; `size`, `flops`: of how many items it was,
+    and what they cost; `recalled`: it was asked back for another replica."""
 
     number: int
     tasks: dict[str, Task]
     generated: bool = False
     size: int = 0
+    flops: float = 0.0
+    recalled: bool = False
 
 
 @dataclass(slots=True)
@@ -35,6 +38,14 @@ class Replica:
     def waiting(self) -> int:
         """Batches whose frames are not made yet."""
         return sum(not batch.generated for batch in self.batches.values())
+
+    def unmade(self) -> list[Batch]:
+        """Those batches; the first is in the making."""
+        return [batch for batch in self.batches.values() if not batch.generated]
+
+    def load(self) -> float:
+        """FLOPs of those batches."""
+        return sum(batch.flops for batch in self.batches.values() if not batch.generated)
 
 
 def barred(replica: Replica, nodes: set[str]) -> Barred:

@@ -67,6 +67,10 @@ class ReplicaActor:
         assert self.worker is not None
         self.worker.leave(within)
 
+    def reclaim(self) -> None:
+        assert self.worker is not None
+        self.worker.recall()
+
     def poll(self, timeout: float) -> Pulse | None:
         """A Worker's pulse; a Member shows with None that its process lives."""
         if self.worker is not None:

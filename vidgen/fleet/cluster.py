@@ -138,6 +138,11 @@ class RayFleet:
         if handle is not None:
             handle.members[0].actor.leave.options(concurrency_group="control").remote(within)
 
+    def reclaim(self, name: str) -> None:
+        handle = self.handles.get(name)
+        if handle is not None:
+            handle.members[0].actor.reclaim.options(concurrency_group="control").remote()
+
     def pulses(self) -> dict[str, Pulse | None]:
         """The last sign of life of each replica; None while it starts, or what it waits for as its stage."""
         waiting = {name for name, handle in self.handles.items() if _unplaced(handle)}

@@ -11,6 +11,7 @@ import heapq
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from vidgen.fleet import tail
 from vidgen.fleet.aboard import Batch, Replica, barred, flies_alone
 from vidgen.fleet.drain import Draining
 from vidgen.fleet.elastic import Elastic, Standing, next_name
@@ -29,6 +30,7 @@ from vidgen.fleet.events import (
     NodeDraining,
     Offered,
     Recall,
+    Reclaim,
     Refill,
     Replace,
     ReplicaLost,
@@ -156,7 +158,9 @@ class Dispatcher:
         if batch is None:
             return
         chosen = event.items or tuple(batch.tasks)
-        self._queue([batch.tasks.pop(item_id) for item_id in chosen if item_id in batch.tasks])
+        for task in [batch.tasks.pop(item_id) for item_id in chosen if item_id in batch.tasks]:
+            task.attempt -= not event.items  # of a batch as a whole nothing was started
+            self.order.add(task)
         batch.generated = True  # what is left of it is being written
         self._forget_if_empty(event.replica, event.batch)
 
@@ -373,6 +377,7 @@ class Dispatcher:
             while self._restarts and self._restarts[0][0] <= now:
                 actions.append(Replace(heapq.heappop(self._restarts)[1], self._avoided()))
             self._assign(actions)
+            self._share_out(actions)
             self._resize(now, actions)
             for number, band in enumerate(self.order.bands):
                 if room := self.order.room(number):
@@ -398,16 +403,34 @@ class Dispatcher:
         ready = self._usable()
         count = Counter(replica.band for replica in ready)
         nodes = {band: {replica.node for replica in ready if replica.band == band} for band in count}
+        share = {band: tail.share(self.order.bands[band].flops, self._makers(band)) for band in count}
         for depth in range(1 + self.rules.prefetch):
-            for replica in sorted(ready, key=Replica.waiting):
-                if replica.waiting() <= depth:
-                    batch = self._next_batch(replica, count[replica.band], barred(replica, nodes[replica.band]))
+            for replica in sorted(ready, key=lambda replica: (replica.waiting(), replica.load())):
+                unfit = barred(replica, nodes[replica.band])
+                first = self.order.first(replica.band, unfit) if depth and replica.waiting() == depth else None
+                if not replica.waiting() or tail.is_fair(replica, first, share[replica.band]):
+                    batch = self._next_batch(replica, count[replica.band], unfit)
                     if batch is not None:
                         replica.batches[batch.number] = batch
                         works = tuple(
                             Work(t.item, t.generation, t.attempt, rungs=t.rungs) for t in batch.tasks.values()
                         )
                         actions.append(Send(replica.name, batch.number, works))
+
+    def _makers(self, band: int) -> list[Replica]:
+        return [replica for replica in self.replicas.values() if replica.band == band]
+
+    def _share_out(self, actions: list[Action]) -> None:
+        for number, band in enumerate(self.order.bands):
+            if band.exhausted and not band.waiting:
+                usable = [replica for replica in self._usable() if replica.band == number]
+                free = sum(self._is_free(replica) for replica in usable)
+                actions += [Reclaim(replica.name) for replica in tail.laden(usable, free)]
+
+    def _is_free(self, replica: Replica) -> bool:
+        """Whether it has nothing to make, and may take what need not fly alone."""
+        here = replica.node == self.rules.own_node and any(task.suspect for task in self._aboard(replica.node))
+        return not replica.waiting() and not flies_alone(replica) and not here
 
     def _next_batch(self, replica: Replica, ready: int, unfit: Barred) -> Batch | None:
         """The next items for a replica. An item that must fly alone has a replica to itself, nothing prefetched behind
@@ -424,4 +447,5 @@ class Dispatcher:
         for task in tasks:
             task.attempt += 1
         self._number += 1
-        return Batch(self._number, {task.item_id: task for task in tasks}, size=len(tasks))
+        flops = sum(task.item.flops for task in tasks)
+        return Batch(self._number, {task.item_id: task for task in tasks}, size=len(tasks), flops=flops)

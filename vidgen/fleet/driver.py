@@ -42,6 +42,7 @@ class Fleet(Protocol):
     def dismiss(self, name: str) -> None: ...
     def send(self, name: str, batch: int, works: tuple[ev.Work, ...]) -> None: ...
     def recall(self, name: str, within: float | None = None) -> None: ...
+    def reclaim(self, name: str) -> None: ...
     def pulses(self) -> dict[str, Pulse | None]: ...
     def poll(self, timeout: float) -> list[ev.Event]: ...
     def close(self) -> None: ...
@@ -113,7 +114,7 @@ class Driver:
     def run(self, rules: Rules, replicas: Sequence[str], limits: Limits) -> Outcome:
         """Runs until done, stopped or broken; always flushes what it knows before it returns."""
         self._inherit()
-        supply = Supply(self.objects, self.plans, self.state, rules)
+        supply = Supply(self.objects, self.plans, self.state, rules, replicas)
         self.tasks = [self._pending(supply, band) for band in range(1 + len(rules.bands))]
         dispatcher = self.dispatcher = Dispatcher(rules, list(replicas))
         if self.state.count("pending"):
@@ -152,6 +153,8 @@ class Driver:
                 self.fleet.send(action.replica, action.batch, self.saves.aboard(action))
             case ev.Recall():
                 self.fleet.recall(action.replica, action.within)
+            case ev.Reclaim():
+                self.fleet.reclaim(action.replica)
             case ev.Replace():
                 self._spent_before += self._busy.pop(action.replica, 0.0)
                 self.fleet.start(action.replica, action.avoid)

@@ -205,6 +205,13 @@ class Recall:
 
 
 @dataclass(frozen=True, slots=True)
+class Reclaim:
+    """Ask a replica for what it has not started; what it runs it finishes, and takes more after it."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
 class Replace:
     """Start a new replica in the place of one that was lost, or that is to leave its node. `avoid`: nodes to stay away
     from if there is room elsewhere."""
@@ -288,4 +295,4 @@ class Finish:
     reason: str
 
 
-Action = Send | Recall | Replace | Enlist | Dismiss | Look | Evidence | Settle | Refill | Say | Finish
+Action = Send | Recall | Reclaim | Replace | Enlist | Dismiss | Look | Evidence | Settle | Refill | Say | Finish

@@ -20,9 +20,11 @@ Barred = Callable[[Task], bool]
 
 @dataclass(slots=True)
 class Band:
-    """What waits for the replicas of one band. `asked`: more of the plan is on its way; `exhausted`: there is none."""
+    """What waits for the replicas of one band, and its FLOPs. `asked`: more of the plan is on its way; `exhausted`:
+    there is none."""
 
     waiting: Waiting = field(default_factory=list)
+    flops: float = 0.0
     asked: bool = False
     exhausted: bool = False
 
@@ -42,7 +44,9 @@ class Order:
         # Suspects last; then by priority; then as the run's order has it; then longest first, equal shapes together.
         item = task.item
         key = (task.suspect, -item.priority, task.place, -item.flops, item.batch_key, item.ordinal)
-        heapq.heappush(self.bands[self.band(task)].waiting, (key, task))
+        band = self.bands[self.band(task)]
+        heapq.heappush(band.waiting, (key, task))
+        band.flops += item.flops
 
     def add_later(self, task: Task, when: float) -> None:
         """Adds it once `release` is called at that time or after it."""
@@ -58,6 +62,7 @@ class Order:
         tasks = [task for band in self.bands for _, task in band.waiting]
         for band in self.bands:
             band.waiting.clear()
+            band.flops = 0.0
         for task in tasks:
             change(task)
             self.add(task)
@@ -102,6 +107,8 @@ class Order:
                 if tokens > self.rules.batch_tokens:
                     break
                 tasks.append(heapq.heappop(waiting)[1])
+        left = self.bands[band].flops - sum(task.item.flops for task in tasks)
+        self.bands[band].flops = left if waiting else 0.0
         return tasks
 
 

@@ -36,6 +36,8 @@ from vidgen.store.objects import Objects
 GPU_BATCH_TOKENS = 16_384
 """Batching pays below about this many tokens a forward."""
 BATCH_ITEMS = 32
+WINDOW_ITEMS = 4096
+"""Of the plan that are known at once, at least: enough for every replica's batches, made and waiting."""
 CPU_REPLICA_BYTES = 1_500_000_000
 """What a replica on CPU takes beside its weights: interpreter, torch, activations of small models."""
 MOST_SAID = 20
@@ -179,6 +181,7 @@ def _rules(run: Run, settings: Settings, replicas: Formation) -> Rules:
         breaker_failures=config.run.breaker_failures,
         batch_tokens=int(tokens),
         batch_items=BATCH_ITEMS,
+        window=max(WINDOW_ITEMS, 2 * BATCH_ITEMS * len(replicas.names)),
         own_node=nodes.own_node(),
         bands=replicas.bands,
         band_of=replicas.band_of,

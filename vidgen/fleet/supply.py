@@ -2,7 +2,7 @@
 
 | order | after the highest priority |
 |---|---|
-| longest | as planned; of the items that the driver holds at once the longest first |
+| longest | as planned, very long items before the others; of what the driver holds at once the longest first |
 | input | as planned |
 | stratified | so that what is done when the run is stopped is a sample: of each shape and each stretch its share |
 
@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from vidgen.fleet.offering import long_first, long_flops
 from vidgen.fleet.rules import Rules
 from vidgen.plan.files import items_of, part_table
 from vidgen.store.objects import Objects
@@ -49,12 +50,13 @@ Level = tuple[int, int]
 
 @dataclass(slots=True)
 class Supply:
-    """Where the dispatcher's items come from. `read` may be asked once for each band."""
+    """Where the dispatcher's items come from, for `replicas`. `read` may be asked once for each band."""
 
     objects: Objects
     plans: Sequence[Plan]
     state: State
     rules: Rules
+    replicas: Sequence[str] = ()
     _levels: list[Level] = field(default_factory=list)
     _of_part: dict[str, Level] = field(default_factory=dict)
 
@@ -71,8 +73,7 @@ class Supply:
                 for index, (plan, part) in enumerate(self._parts())
                 if self._overlap(part, level) and not self._settled(part)
             ]
-            ordered = self._stratified(parts, level, band) if self.rules.order == "stratified" else None
-            for item in ordered or self._as_planned(parts, level, band):
+            for item in self._ordered(parts, level, band):
                 widest = max(widest, item.tokens)
                 together = min(self.rules.batch_items, self.rules.batch_tokens // widest, coarsest)
                 if count >= together and self.rules.order != "longest":
@@ -81,6 +82,19 @@ class Supply:
                 count += 1
 
     # ---------------------------------------------------------------- orders
+
+    def _ordered(self, parts: list[tuple[int, Plan, Part]], level: Level, band: int) -> Iterator[Item]:
+        if self.rules.order == "stratified":
+            return self._stratified(parts, level, band)
+        if self.rules.order == "input":
+            return self._as_planned(parts, level, band)
+        return long_first(lambda: self._as_planned(parts, level, band), self._long(band))
+
+    def _long(self, band: int) -> float | None:
+        """FLOPs above which an item of a band is offered first."""
+        shapes = [shape for plan in self.plans for shape in plan.estimate["shapes"]]
+        replicas = sum(self.rules.band_of.get(name, 0) == band for name in self.replicas)
+        return long_flops([s for s in shapes if self.rules.band(s["tokens"]) == band], self.rules.window, replicas)
 
     def _as_planned(self, parts: list[tuple[int, Plan, Part]], level: Level, band: int) -> Iterator[Item]:
         for _, plan, part in parts:
