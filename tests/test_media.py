@@ -244,7 +244,7 @@ def test_what_is_no_video_is_an_item_error_without_addresses(tmp_path: Path) -> 
     (tmp_path / "clip.mp4").write_bytes(b"not a video" * 100)
     with pytest.raises(ItemError) as caught:
         media.probe(tmp_path / "clip.mp4")
-    assert "Invalid data" in str(caught.value) and "0x" not in str(caught.value)
+    assert "moov atom not found" in str(caught.value) and "0x" not in str(caught.value)
     with pytest.raises(ItemError, match="no such file"):
         media.probe(tmp_path / "nowhere.mp4")
 

@@ -522,7 +522,8 @@ def _failure(what: str, status: int, log: str) -> GenerationError:
     # "[mov @ 0x55d0c3] [error] moov atom not found": the address differs each time and would split equal failures.
     errors = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
     lines = [re.sub(r" @ 0x[0-9a-f]+|\[(error|fatal)\] ", "", line).strip() for line in errors or log.splitlines()]
-    message = f"{what} (exit status {status}): {' | '.join(lines[-3:]) or 'no message'}"
+    # What came first is the cause; what follows comes from several threads, in an order of its own each time.
+    message = f"{what} (exit status {status}): {lines[0] if lines else 'no message'}"
     if "No space left on device" in log or status in (-signal.SIGKILL, -signal.SIGTERM):
         return InfrastructureError(message)
     return ItemError(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.models.wan.tiny_checkpoint import build
 from vidgen import config as configuration
 from vidgen.errors import InfrastructureError
 from vidgen.fleet import events as ev
+from vidgen.fleet import saving
 from vidgen.fleet.dispatch import Rules
 from vidgen.fleet.events import Work
 from vidgen.fleet.replica import Worker
@@ -231,6 +233,28 @@ def test_a_store_that_takes_no_state_costs_the_item_nothing(
     events = stand.run(stand.works[:1], at=STOP, act=leave())
     assert "was not saved: 503" in notes(events)[0]
     assert stand.digests() == {"0": whole["0"]}, "it was not given up unsaved"
+
+
+def test_a_replica_shows_life_while_a_slow_store_takes_a_state(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a gang, whose other members wait in a step, would be taken for one that hangs."""
+    monkeypatch.setattr(saving, "ALIVE_SECONDS", 0.01)
+    stand, put, lives = Stand(job(tmp_path, checkpoint)), Objects.put, threading.Semaphore(0)
+
+    def slow(self: Objects, path: str, data: bytes) -> None:
+        if path.startswith("resume/"):
+            assert lives.acquire(timeout=60) and lives.acquire(timeout=60), "nobody heard of it meanwhile"
+        put(self, path, data)
+
+    def watched(worker: Worker) -> None:
+        alive = worker._keeper.alive
+        worker._keeper.alive = lambda: (alive(), lives.release())[0]
+        worker.leave(None)
+
+    monkeypatch.setattr(Objects, "put", slow)
+    events = stand.run(stand.works[:1], at=STOP, act=watched)
+    assert "ItemSaved" in kinds(events) and stand.saved() == {stand.path(0)}
 
 
 # ---------------------------------------------------------------- what is not gone on from

@@ -192,3 +192,12 @@ def test_places_are_even_in_every_stratum_and_its_first_items_lie_all_over_it(
 def test_auto_takes_a_sample_where_a_run_may_be_stopped_early(written: dict[str, Any], order: str) -> None:
     config = to_dict(config_for("p.parquet", "memory://x"))
     assert order_of(from_dict({**config, "run": {**config["run"], **written}})) == order
+
+
+@pytest.mark.parametrize("order", ["longest", "stratified"])
+def test_a_driver_can_show_life_at_every_part_that_is_read(tmp_path: Any, order: str) -> None:
+    """A plan of a hundred million items has thousands of parts, and a lease a minute."""
+    source, lives = supplied(tmp_path, order, priority=[1, 2] * 300), Counter[str]()
+    source.alive = lambda: lives.update(["life"])
+    next(source.read(0))
+    assert lives["life"] >= len(source.plans[0].parts)

@@ -114,7 +114,7 @@ class Driver:
     def run(self, rules: Rules, replicas: Sequence[str], limits: Limits) -> Outcome:
         """Runs until done, stopped or broken; always flushes what it knows before it returns."""
         self._inherit()
-        supply = Supply(self.objects, self.plans, self.state, rules, replicas)
+        supply = Supply(self.objects, self.plans, self.state, rules, replicas, self._beat_if_due)
         self.tasks = [self._pending(supply, band) for band in range(1 + len(rules.bands))]
         dispatcher = self.dispatcher = Dispatcher(rules, list(replicas))
         if self.state.count("pending"):
@@ -266,9 +266,7 @@ class Driver:
             if pulse is not None:
                 spent = pulse.busy * self.dispatcher.rules.degree_of.get(name, 1)
                 self._busy[name] = max(self._busy.get(name, 0.0), spent)
-        if now - self.lease.last_beat >= BEAT_SECONDS:
-            self.lease.check()
-            self._beat()
+        if self._beat_if_due():
             self._outlived = self._outlived or now - self._began > 2 * BEAT_SECONDS
             if self.lease.stop_requested():
                 self._stop(130, "stopped by `vidgen stop`", None)
@@ -292,6 +290,19 @@ class Driver:
         if grace is not None:
             until = time.monotonic() + grace
             self._stopping_until = min(until, self._stopping_until or until)
+
+    def _beat_if_due(self) -> bool:
+        """Also called while something takes long between two rounds of the loop."""
+        due = time.monotonic() - self.lease.last_beat >= BEAT_SECONDS
+        if due:
+            self.lease.check()
+            self._beat()
+        return due
+
+    def _hold(self) -> None:
+        """Before each durable act of a long row of them: the run is still ours, and others see it."""
+        if not self._beat_if_due():
+            self.lease.check()
 
     def _beat(self) -> None:
         in_flight = self.dispatcher.in_flight()
@@ -349,7 +360,7 @@ class Driver:
         if code is None:
             code = finished_code(counts)
             self.lease.check()
-            manifest.write(self.objects, self.plans, self.state, self.token, before_write=self.lease.check)
+            manifest.write(self.objects, self.plans, self.state, self.token, before_write=self._hold)
         self._show(self.fleet.pulses(), "finished" if finish.code is None else "stopped", last=True)
         self.lease.release(in_flight=[], gpu_seconds=self.gpu_seconds(), counts=counts)
         return Outcome(code, finish.reason, counts, self.progress.elapsed())

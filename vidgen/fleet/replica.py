@@ -115,7 +115,7 @@ class Worker:
         self._engine: Any = None
         self._frames_out = family.spec(settings.model.family).frames_out
         self._keeper = Keeper(name, self.objects, settings.save_after, settings.save_every, self._pace)
-        self._keeper.tell = self._events.put
+        self._keeper.tell, self._keeper.alive = self._events.put, self._show_life
 
     # ---------------------------------------------------------------- what the driver calls
 
@@ -200,6 +200,9 @@ class Worker:
         loaded = self.entry.load(self.settings.model, gang)
         self._gpu = str(getattr(loaded, "gpu", ""))
         return loaded
+
+    def _show_life(self) -> None:
+        self._heartbeat = time.monotonic()
 
     def _progress(self, stage: str, step: int, steps: int) -> None:
         now = time.monotonic()

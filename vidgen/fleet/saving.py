@@ -28,6 +28,7 @@ from vidgen.types import Record
 if TYPE_CHECKING:
     from vidgen.loop import State
 
+ALIVE_SECONDS = 1.0
 SHORT_ID = 8
 """Letters of an item id that a person reads."""
 
@@ -70,6 +71,8 @@ class Keeper:
     ) -> None:
         self.name, self.objects, self.after, self.every, self.pace = name, objects, after, every, pace
         self.tell: Callable[[Event], None] = lambda event: None
+        self.alive: Callable[[], None] = lambda: None
+        """Called now and then while the engine waits for a state to be stored."""
         self.tail: float | None = None
         """Seconds from an item's last step to its commit, as the last one took; None before the first."""
         self._works: tuple[Work, ...] = ()
@@ -116,17 +119,23 @@ class Keeper:
         if leaving is not None and (self._late() if leaving.until is not None else state.step < self.pace().steps):
             self._tried = True
             self.settle()
-            self._kept = self._upload(state.step, self._contents(state))
+            self._begin_upload(state)
+            self.settle()
         elif self.every is not None and time.monotonic() - self._last >= self.every and not self._busy():
             self._last = time.monotonic()
-            act = partial(self._upload, state.step, self._contents(state))
-            self._uploading = threading.Thread(target=act, name=f"{self.name}-save", daemon=True)
-            self._uploading.start()
+            self._begin_upload(state)
+
+    def _begin_upload(self, state: State) -> None:
+        act = partial(self._upload, state.step, self._contents(state), last=self._tried)
+        self._uploading = threading.Thread(target=act, name=f"{self.name}-save", daemon=True)
+        self._uploading.start()
 
     def settle(self) -> None:
-        """Waits for a save that is on its way, so that none comes after what becomes of the item."""
-        if self._uploading is not None:
-            self._uploading.join()
+        """Waits for a save that is on its way, so that none comes after what becomes of the item. A slow store is no
+        hang."""
+        while self._uploading is not None and self._busy():
+            self._uploading.join(ALIVE_SECONDS)
+            self.alive()
 
     def _busy(self) -> bool:
         return self._uploading is not None and self._uploading.is_alive()
@@ -144,16 +153,16 @@ class Keeper:
     def _contents(self, state: State) -> list[bytes]:
         return [state.item(b).to_bytes(_about(work)) for b, work in enumerate(self._works)]
 
-    def _upload(self, step: int, contents: Sequence[bytes]) -> bool:
+    def _upload(self, step: int, contents: Sequence[bytes], last: bool) -> None:
         for work, content in zip(self._works, contents, strict=True):
             item_id = work.item.item_id
             try:
                 self.objects.put(resume.resume_path(work.generation, item_id), content)
             except (InfrastructureError, OSError) as error:
                 self.tell(Noted(self.name, f"item {item_id[:SHORT_ID]} was not saved: {error}"))
-                return False
+                return
             self.tell(ItemSaved(self.name, item_id, step))
-        return True
+        self._kept = last
 
 
 def groups(

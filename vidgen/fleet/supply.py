@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,13 +50,15 @@ Level = tuple[int, int]
 
 @dataclass(slots=True)
 class Supply:
-    """Where the dispatcher's items come from, for `replicas`. `read` may be asked once for each band."""
+    """Where the dispatcher's items come from, for `replicas`. `read` may be asked once for each band; `alive` is called
+    before each part that it reads, of which there may be thousands."""
 
     objects: Objects
     plans: Sequence[Plan]
     state: State
     rules: Rules
     replicas: Sequence[str] = ()
+    alive: Callable[[], object] = lambda: None
     _levels: list[Level] = field(default_factory=list)
     _of_part: dict[str, Level] = field(default_factory=dict)
 
@@ -98,7 +100,7 @@ class Supply:
 
     def _as_planned(self, parts: list[tuple[int, Plan, Part]], level: Level, band: int) -> Iterator[Item]:
         for _, plan, part in parts:
-            table = part_table(self.objects, part)
+            table = self._table(part)
             yield from items_of(plan, table.take(np.nonzero(self._wanted(table, part, level, band))[0]))
 
     def _stratified(self, parts: list[tuple[int, Plan, Part]], level: Level, band: int) -> Iterator[Item]:
@@ -120,7 +122,7 @@ class Supply:
         """Places between which there are ROUND_ITEMS pending items of a cohort, or a few more."""
         found = [np.empty(0)]
         for index, _, part in cohort:
-            table = part_table(self.objects, part, _DECIDING)
+            table = self._table(part, _DECIDING)
             found.append(_places_of(table, level, index)[self._wanted(table, part, level, band)])
         return [*np.sort(np.concatenate(found))[::ROUND_ITEMS].tolist(), 1.0]
 
@@ -132,7 +134,7 @@ class Supply:
         for index, plan, part in cohort:
             if self._settled(part):
                 continue
-            table = part_table(self.objects, part)
+            table = self._table(part)
             at = _places_of(table, level, index)
             chosen = np.nonzero(self._wanted(table, part, level, band) & (at >= begin) & (at < end))[0]
             items = items_of(plan, table.take(chosen))
@@ -141,6 +143,10 @@ class Supply:
         yield from (item for _, _, item in found)
 
     # ---------------------------------------------------------------- which items
+
+    def _table(self, part: Part, columns: list[str] | None = None) -> pa.Table:
+        self.alive()
+        return part_table(self.objects, part, columns)
 
     def _parts(self) -> Iterator[tuple[Plan, Part]]:
         yield from ((plan, part) for plan in self.plans for part in plan.parts)
@@ -167,7 +173,7 @@ class Supply:
         known: set[int] = set()
         for _, part in self._parts():
             if not self._settled(part):
-                here = np.unique(part_table(self.objects, part, ["priority"]).column("priority").to_numpy())
+                here = np.unique(self._table(part, ["priority"]).column("priority").to_numpy())
                 self._of_part[part.name] = (int(here[0]), int(here[-1]))
                 known.update(here.tolist())
         falling = sorted(known, reverse=True)
