@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from vidgen.fleet.events import Task
@@ -43,6 +44,38 @@ class Replica:
         """Those batches; the first is in the making."""
         return [batch for batch in self.batches.values() if not batch.generated]
 
+    def aboard(self) -> list[Task]:
+        """All items that it was sent and that are neither settled nor back."""
+        return [task for batch in self.batches.values() for task in batch.tasks.values()]
+
+    def generated(self, number: int) -> None:
+        """All frames of a batch are made; it stays until its last item is written."""
+        if (batch := self.batches.get(number)) is not None:
+            batch.generated = True
+            self._forget_if_empty(batch)
+
+    def give_back(self, number: int, items: Collection[str]) -> list[Task]:
+        """Removes these items of a batch, or all where none is named; what is left of it is being written."""
+        batch = self.batches.get(number)
+        if batch is None:
+            return []
+        tasks = [batch.tasks.pop(item_id) for item_id in items or tuple(batch.tasks) if item_id in batch.tasks]
+        self.generated(number)
+        return tasks
+
+    def take(self, item_id: str) -> tuple[Task | None, Batch | None]:
+        """Removes an item from the batch it flies in; None twice if it is not here."""
+        for batch in self.batches.values():
+            if item_id in batch.tasks:
+                task = batch.tasks.pop(item_id)
+                self._forget_if_empty(batch)
+                return task, batch
+        return None, None
+
+    def _forget_if_empty(self, batch: Batch) -> None:
+        if batch.generated and not batch.tasks:
+            del self.batches[batch.number]
+
     def load(self) -> float:
         """FLOPs of those batches."""
         return sum(batch.flops for batch in self.batches.values() if not batch.generated)
@@ -55,4 +88,4 @@ def barred(replica: Replica, nodes: set[str]) -> Barred:
 
 def flies_alone(replica: Replica) -> bool:
     """Whether it has an item that must have no company."""
-    return any(task.alone or task.suspect for batch in replica.batches.values() for task in batch.tasks.values())
+    return any(task.alone or task.suspect for task in replica.aboard())

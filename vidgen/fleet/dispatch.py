@@ -2,14 +2,13 @@
 
 No ray, no clock, no storage: time comes with each event, and what must be done comes out as values. It decides which
 replica gets work, what is looked up when one dies, and when the run must stop; `judgement` what a failure counts,
-`order` which item goes next, `health` which node is avoided.
+`order` which item goes next, `health` which node is avoided, `starts` when a start is tried again.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from vidgen.fleet import tail
 from vidgen.fleet.aboard import Batch, Replica, barred, flies_alone
@@ -47,22 +46,7 @@ from vidgen.fleet.health import PAROLE_SECONDS, Health
 from vidgen.fleet.judgement import CRASH_COUNT, Judge, Withheld
 from vidgen.fleet.order import Barred, Order
 from vidgen.fleet.rules import Rules as Rules
-
-START_FAILURES = 3
-RESTART_FAILURES = 10
-"""Starts of a band's replicas that may fail, with none of them ready, before the run stops: 3 if none ever was ready,
-else 10. As long as one of them has not failed yet, so many for each of them."""
-RESTART_BACKOFF = 2.0
-MAX_RESTART_BACKOFF = 60.0
-"""Seconds before a replica that failed to start twice is started again, doubled with each further failure."""
-
-
-@dataclass(slots=True)
-class Starts:
-    """How the replicas of one band come up: starts that failed since one of them was ready, by replica."""
-
-    failures: Counter[str] = field(default_factory=Counter)
-    ever_ready: bool = False
+from vidgen.fleet.starts import Starts
 
 
 class Dispatcher:
@@ -74,14 +58,13 @@ class Dispatcher:
         self.replicas = {name: self._replica(name) for name in replicas}
         self.order, self.judge, self.health = Order(rules), Judge(rules), Health()
         self.draining, self.elastic = Draining(), Elastic(rules.idle_seconds)
-        self._starts = [Starts() for _ in self.order.bands]
+        self.starts = Starts(len(self.order.bands))
         self._served = {replica.band for replica in self.replicas.values()}
         self.looking: dict[str, tuple[Task, ReplicaLost, bool, str]] = {}
         self.stopping: StopAsked | None = None
         self.finished: Finish | None = None
         self._number = 0
         self._hosts: dict[str, str] = {}
-        self._restarts: list[tuple[float, str]] = []
         self._moved: set[str] = set()
 
     # ---------------------------------------------------------------- what is where
@@ -91,16 +74,10 @@ class Dispatcher:
 
     def in_flight(self) -> dict[str, str]:
         """Item id -> node, of everything a replica has."""
-        return {
-            item_id: replica.node
-            for replica in self.replicas.values()
-            for batch in replica.batches.values()
-            for item_id in batch.tasks
-        }
+        return {task.item_id: replica.node for replica in self.replicas.values() for task in replica.aboard()}
 
     def _aboard(self, node: str) -> list[Task]:
-        there = (replica for replica in self.replicas.values() if replica.node == node)
-        return [task for replica in there for batch in replica.batches.values() for task in batch.tasks.values()]
+        return [task for replica in self.replicas.values() if replica.node == node for task in replica.aboard()]
 
     # ---------------------------------------------------------------- events
 
@@ -118,15 +95,12 @@ class Dispatcher:
                 replica = self.replicas.setdefault(event.replica, self._replica(event.replica))
                 replica.ready, replica.node = True, event.node
                 self._hosts[event.node] = event.host or event.node
-                starts = self._starts[replica.band]
-                starts.ever_ready = True
-                starts.failures.clear()
+                self.starts.ready(replica.band)
             case ReplicaLost():
                 self._lost(event, now, actions)
             case BatchGenerated():
-                batch = self._batch(event.replica, event.batch)
-                batch.generated = True
-                self._forget_if_empty(event.replica, event.batch)
+                if (made_by := self.replicas.get(event.replica)) is not None:
+                    made_by.generated(event.batch)
             case BatchReturned():
                 self._returned(event)
             case ItemDone():
@@ -148,36 +122,15 @@ class Dispatcher:
         self._decide(now, actions)
         return actions
 
-    def _batch(self, replica: str, number: int) -> Batch:
-        known = self.replicas.get(replica)
-        return (known.batches.get(number) if known else None) or Batch(number, {})
-
     def _returned(self, event: BatchReturned) -> None:
         replica = self.replicas.get(event.replica)
-        batch = replica.batches.get(event.batch) if replica else None
-        if batch is None:
-            return
-        chosen = event.items or tuple(batch.tasks)
-        for task in [batch.tasks.pop(item_id) for item_id in chosen if item_id in batch.tasks]:
+        for task in replica.give_back(event.batch, event.items) if replica is not None else ():
             task.attempt -= not event.items  # of a batch as a whole nothing was started
             self.order.add(task)
-        batch.generated = True  # what is left of it is being written
-        self._forget_if_empty(event.replica, event.batch)
-
-    def _forget_if_empty(self, replica: str, number: int) -> None:
-        known = self.replicas.get(replica)
-        batch = known.batches.get(number) if known else None
-        if known is not None and batch is not None and not batch.tasks and batch.generated:
-            del known.batches[number]
 
     def _take(self, replica: str, item_id: str) -> tuple[Task | None, Batch | None]:
         """Removes an item from the batch it flies in."""
-        for batch in self.replicas[replica].batches.values() if replica in self.replicas else ():
-            if item_id in batch.tasks:
-                task = batch.tasks.pop(item_id)
-                self._forget_if_empty(replica, batch.number)
-                return task, batch
-        return None, None
+        return self.replicas[replica].take(item_id) if replica in self.replicas else (None, None)
 
     def _admit(self, task: Task, actions: list[Action]) -> None:
         if self.rules.band(task.item.tokens) not in self._served and self.finished is None:
@@ -233,7 +186,7 @@ class Dispatcher:
             self.finished = Finish(2, event.error)
             actions.append(self.finished)
             return
-        aboard = [task for batch in replica.batches.values() for task in batch.tasks.values()]
+        aboard = replica.aboard()
         if (not aboard and event.cause not in ("start", "late", "node")) or event.cause == "gang":
             self.judge.mark(event.cause)
         guilty = event.cause in ("crash", "hang") and len(aboard) == 1
@@ -255,21 +208,9 @@ class Dispatcher:
         if event.cause not in ("start", "late"):
             actions.append(Replace(event.replica, self._avoided()))
             return
-        starts = self._starts[band]
-        starts.failures[event.replica] += 1
-        mates = [replica for replica in self.replicas.values() if replica.band == band]
-        allowed = RESTART_FAILURES if starts.ever_ready else START_FAILURES
-        if any(mate.name not in starts.failures for mate in mates):
-            allowed *= len(mates)
-        hopeless = event.cause == "late" and not starts.ever_ready
-        if not any(mate.ready for mate in mates) and (hopeless or starts.failures.total() >= allowed):
-            again = "again" if starts.ever_ready else ""
-            self.finished = Finish(4, f"no replica became ready {again}".rstrip() + f": {event.error}")
-            actions.append(self.finished)
-            return
-        times = starts.failures[event.replica]
-        delay = min(MAX_RESTART_BACKOFF, RESTART_BACKOFF ** (times - 1)) if times > 1 else 0.0
-        heapq.heappush(self._restarts, (now + delay, event.replica))
+        if (end := self.starts.failed(event, band, self._makers(band), now)) is not None:
+            self.finished = end
+            actions.append(end)
 
     def _looked(self, event: Looked, now: float, actions: list[Action]) -> None:
         task, lost, blamed, node = self.looking.pop(event.item_id)
@@ -349,8 +290,7 @@ class Dispatcher:
 
     def _dismiss(self, name: str, actions: list[Action]) -> int:
         """Closes a replica; returns its band."""
-        self._restarts = [(when, other) for when, other in self._restarts if other != name]
-        heapq.heapify(self._restarts)
+        self.starts.forget(name)
         actions.append(Dismiss(name))
         return self.replicas.pop(name).band
 
@@ -374,8 +314,7 @@ class Dispatcher:
         self.order.release(now)
         if self.stopping is None:
             self._move(now, actions)
-            while self._restarts and self._restarts[0][0] <= now:
-                actions.append(Replace(heapq.heappop(self._restarts)[1], self._avoided()))
+            actions += [Replace(name, self._avoided()) for name in self.starts.due(now)]
             self._assign(actions)
             self._share_out(actions)
             self._resize(now, actions)
