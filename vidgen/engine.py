@@ -67,6 +67,10 @@ class Engine:
     checkpoint_hash: str
     gpu: str
 
+    def peak_bytes(self) -> int:
+        """The most memory of its GPU that tensors have taken so far; 0 without a GPU."""
+        return int(torch.cuda.max_memory_allocated()) if self.gpu and torch.cuda.is_initialized() else 0
+
     def request(self, prompt: str, **overrides: Any) -> Request:
         """A request with the family's defaults for what `overrides` (sampling fields, seed, params, tiling, resize, and
         image, last_image, video as a path, a URL or bytes) leave out.

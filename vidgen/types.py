@@ -129,6 +129,7 @@ class Record:
     created_at: float = 0.0
     vidgen_version: str = ""
     rungs: str = ""
+    peak_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -103,6 +104,7 @@ def drive(
     limits: Limits | None = None,
     interrupt_at: int | None = None,
     entry: Entry | None = None,
+    only: np.ndarray | None = None,
 ) -> tuple[Outcome, InlineFleet]:
     """Plans if there is no plan, takes the lease, drives to the end, as `vidgen generate` does."""
     objects = Objects(config.output.path)
@@ -113,7 +115,7 @@ def drive(
     objects.put("epochs/probe", b"seen")
     fleet = InlineFleet(settings_for(config, objects), entry=entry)
     driver = Driver(config.name, objects, plans, held, lease, fleet, Progress(objects, quiet=True))
-    driver.interrupt = Interrupt()
+    driver.interrupt, driver.only = Interrupt(), only
     if interrupt_at is not None:
         _interrupt_later(driver.interrupt, objects, interrupt_at)
     rules = rules or Rules(max_attempts=config.run.max_attempts, breaker_failures=config.run.breaker_failures)

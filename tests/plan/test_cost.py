@@ -19,6 +19,7 @@ from vidgen.memory import GIB, Component, Sizing
 from vidgen.placement import Placement
 from vidgen.plan import cost, placing
 from vidgen.plan.build import build
+from vidgen.plan.forecast import forecast
 from vidgen.plan.shapes import Shape
 from vidgen.report import planned
 from vidgen.specs.footprint import Footprint
@@ -151,7 +152,8 @@ def test_a_plan_says_which_degree_each_shape_gets_and_why(
     }
     before = build(job(source, **rooms, parallel={"gpu": "L4"}), None, dry_run=True).plan.estimate["shapes"]
     monkeypatch.setattr(choosing, "LONG_SECONDS", max(shape["seconds_per_item"] for shape in before) * 0.9)
-    result = build(job(source, **rooms, parallel={"gpu": "L4", "degree": "auto"}), None, dry_run=True)
+    config = job(source, **rooms, parallel={"gpu": "L4", "degree": "auto"})
+    result = build(config, None, dry_run=True)
     found = result.plan.estimate
     (short,) = [shape for shape in found["shapes"] if "5 frames" in shape["shape"]]
     (long,) = [shape for shape in found["shapes"] if "81 frames" in shape["shape"]]
@@ -161,7 +163,7 @@ def test_a_plan_says_which_degree_each_shape_gets_and_why(
     spent = sum(shape["items"] * shape["seconds_per_item"] * shape["gpus"] for shape in found["shapes"])
     assert found["gpu_hours"] == pytest.approx(spent / 3600)
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    planned.show(result, "out", console)
+    planned.show(result, "out", console, forecast(result.plans, config))
     text = console.export_text()
     assert f"degree    {long['shape']}: {long['why']}" in text
     assert f"gang      above {short['tokens']:,} tokens: {long['mesh']}" in text

@@ -12,6 +12,7 @@ from rich.console import Console
 from tests.fleet.inline import config_for, write_prompts
 from vidgen.memory import GIB
 from vidgen.plan.build import build
+from vidgen.plan.forecast import forecast
 from vidgen.report import planned
 from vidgen.report.wording import duration, size
 from vidgen.store.objects import Objects
@@ -22,7 +23,7 @@ def test_a_plan_tells_rows_rejects_with_reasons_shapes_cost_and_what_to_do_next(
     config = config_for(write_prompts(tmp_path / "p.parquet", ["one", "", "three"]), output)
     result = build(config, Objects(output))
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    planned.show(result, output, console)
+    planned.show(result, output, console, forecast(result.plans, config))
     text = console.export_text()
     for part in ("3 read, 1 rejected", "1 x prompt", "is empty", "GPU-hours", "assumed", f"vidgen generate {output}"):
         assert part in text, text
@@ -59,11 +60,12 @@ def test_a_plan_for_a_named_gpu_tells_memory_fit_degree_and_seconds(
     tmp_path: Path, fits: bool | None, parts: tuple[str, ...]
 ) -> None:
     output = str(tmp_path / "out")
-    result = build(config_for(write_prompts(tmp_path / "p.parquet", ["one"]), output), Objects(output))
+    config = config_for(write_prompts(tmp_path / "p.parquet", ["one"]), output)
+    result = build(config, Objects(output))
     estimate = {**result.plan.estimate, "gpu": "H100", "shapes": [shape_on("H100", fits)]}
     result = replace(result, plan=replace(result.plan, estimate=estimate))
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    planned.show(result, output, console)
+    planned.show(result, output, console, forecast((result.plan,), config))
     text = console.export_text()
     assert all(part in text for part in parts) and "of H100" in text, text
     assert ("parallel.context" in text) == (fits is False)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from vidgen.cli.command import SOME_FAILED, Commands, codes, print_json
+from vidgen.errors import UserError
 
 REPORT_ITEMS = 1_000
 """`generate` makes the report of a run up to this size by itself."""
@@ -36,6 +37,17 @@ def add(commands: Commands) -> None:
     plan.add_argument("--dry-run", action="store_true", help="freeze nothing")
     plan.add_argument("--extend", action="store_true", help="add what the frozen plan does not have yet")
     plan.add_argument("--takeover", action="store_true", help="with --extend: supersede a driver that seems alive")
+
+    pilot = commands.job(
+        "pilot",
+        _pilot,
+        "make a stratified sample of the job to learn what the rest will cost; its videos count as done",
+        "a YAML configuration, or the OUTPUT of a run",
+    )
+    pilot.add_argument("--items", type=int, default=20, help="of the sample (default 20)")
+    pilot.add_argument("--address", help="Ray cluster to join (else RAY_ADDRESS, else a local one)")
+    pilot.add_argument("--takeover", action="store_true", help="supersede a driver that seems alive")
+    pilot.add_argument("--ok-exit", type=codes, default=(), help="exit codes to map to 0, for example 3,5,75")
 
     commands.of_output("stop", _stop, "ask the running driver to stop gracefully")
 
@@ -93,6 +105,7 @@ def _plan(options: argparse.Namespace) -> int:
     from vidgen import config as configuration
     from vidgen.fleet.opening import open_store
     from vidgen.plan import build as planning
+    from vidgen.plan import forecast
     from vidgen.report import planned, repair
     from vidgen.store.objects import new_token
 
@@ -109,11 +122,35 @@ def _plan(options: argparse.Namespace) -> int:
         result = repair.extend(config, objects, takeover=options.takeover, say=say)
     else:
         result = planning.build(config, objects, dry_run=options.dry_run, extend=options.extend, say=say)
+    found = forecast.forecast(result.plans, config, forecast.calibration(objects))
     if options.json:
-        print_json(planned.as_json(result))
+        print_json({**planned.as_json(result), "forecast": found})
     else:
-        planned.show(result, config.output.path, Console())
+        planned.show(result, config.output.path, Console(), found)
     return 0
+
+
+def _pilot(options: argparse.Namespace) -> int:
+    from vidgen.fleet import pilot
+    from vidgen.fleet import run as fleet
+    from vidgen.report import planned
+
+    if options.items < 1:
+        raise UserError(f"--items: {options.items}; allowed: 1 or more")
+    given = fleet.Options(address=options.address, takeover=options.takeover, quiet=options.json)
+    run, outcome, found = pilot.pilot(options.config, options.overrides, given, options.items)
+    output = run.config.output.path
+    if options.json:
+        print_json({**asdict(outcome), "exit": outcome.code, "output": output, "estimate": found})
+        return outcome.code
+    console = Console()
+    console.print(f"{outcome.reason}, exit {outcome.code}", markup=False, highlight=False, soft_wrap=True)
+    if found:
+        planned.forecasted(found, console)
+    rest = outcome.counts["pending"]
+    verb = "generate" if rest else "verify"
+    print(f"next{f' ({rest:,} items are left)' if rest else ''}:\n  vidgen {verb} {output}")
+    return outcome.code
 
 
 def _stop(options: argparse.Namespace) -> int:

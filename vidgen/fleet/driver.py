@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from vidgen import VERSION, manifest
 from vidgen.fleet import events as ev
@@ -26,7 +29,7 @@ from vidgen.plan.files import total_rejected
 from vidgen.store import commits, ledger
 from vidgen.store.epochs import BEAT_SECONDS, Lease
 from vidgen.store.objects import Objects, new_token
-from vidgen.store.state import State
+from vidgen.store.state import NAMES, State
 from vidgen.types import Plan, Record
 
 LEDGER_RECORDS = 5_000
@@ -101,6 +104,8 @@ class Driver:
         self.saves = Saves(objects, lease.check)
         self.notes: dict[str, str] = {}
         self.interrupt = Interrupt()
+        self.only: np.ndarray | None = None
+        """Ordinals of the items to make, of all that are pending; None: all."""
         self.observer = Observer(progress)
         self._stopping_until: float | None = None
         self._queue: list[ev.Event] = []
@@ -114,7 +119,7 @@ class Driver:
     def run(self, rules: Rules, replicas: Sequence[str], limits: Limits) -> Outcome:
         """Runs until done, stopped or broken; always flushes what it knows before it returns."""
         self._inherit()
-        supply = Supply(self.objects, self.plans, self.state, rules, replicas, self._beat_if_due)
+        supply = Supply(self.objects, self.plans, self.state, rules, replicas, self._beat_if_due, self.only)
         self.tasks = [self._pending(supply, band) for band in range(1 + len(rules.bands))]
         dispatcher = self.dispatcher = Dispatcher(rules, list(replicas))
         if self.state.count("pending"):
@@ -356,14 +361,23 @@ class Driver:
         self.fleet.close()
         self._flush()
         counts = self.state.counts()
-        code = finish.code
-        if code is None:
+        code, reason = finish.code, finish.reason
+        if code is None and counts["pending"]:
+            code, reason = self._sampled()
+        elif code is None:
             code = finished_code(counts)
             self.lease.check()
             manifest.write(self.objects, self.plans, self.state, self.token, before_write=self._hold)
-        self._show(self.fleet.pulses(), "finished" if finish.code is None else "stopped", last=True)
+        whole = finish.code is None and not counts["pending"]
+        self._show(self.fleet.pulses(), "finished" if whole else "stopped", last=True)
         self.lease.release(in_flight=[], gpu_seconds=self.gpu_seconds(), counts=counts)
-        return Outcome(code, finish.reason, counts, self.progress.elapsed())
+        return Outcome(code, reason, counts, self.progress.elapsed())
+
+    def _sampled(self) -> tuple[int, str]:
+        """Exit code and reason where all of a sample is terminal, and the rest is pending."""
+        assert self.only is not None, "the dispatcher ends with everything it was offered"
+        names = Counter(NAMES[code] for code in self.state.status[self.only].tolist())
+        return finished_code(names), f"every item of the sample of {len(self.only)} is terminal"
 
 
 def finished_code(counts: Mapping[str, int]) -> int:

@@ -356,6 +356,7 @@ class Worker:
             created_at=time.time(),
             vidgen_version=VERSION,
             rungs=", ".join(work.rungs),
+            peak_bytes=getattr(self._engine, "peak_bytes", int)(),
         )
         ours, truth = commits.commit(self.objects, record, self.token)
         if ours and self.objects.size(path) != encoded.bytes:

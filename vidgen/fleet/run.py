@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 
+import numpy as np
+
 from vidgen import family, manifest
 from vidgen.config import JobConfig, to_dict
 from vidgen.errors import ConfigError, UserError
@@ -28,7 +30,7 @@ from vidgen.fleet.opening import Run, deadline_of, prepare
 from vidgen.fleet.progress import Progress
 from vidgen.fleet.replica import Settings
 from vidgen.fleet.watch import Watch
-from vidgen.plan import model, placing
+from vidgen.plan import model, placing, sample
 from vidgen.plan.cost import device_problem
 from vidgen.store import epochs, state
 from vidgen.store.objects import Objects
@@ -54,6 +56,8 @@ class Options:
     takeover: bool = False
     quiet: bool = False
     json_log: bool = False
+    sample: int | None = None
+    """Make a stratified sample of so many items, and leave the rest pending."""
 
 
 def generate(source: str, overrides: Sequence[str], options: Options) -> tuple[Run, Outcome]:
@@ -64,14 +68,27 @@ def generate(source: str, overrides: Sequence[str], options: Options) -> tuple[R
     lease = epochs.acquire(run.objects, lease=run.config.run.lease, takeover=options.takeover)
     held = state.load(run.objects, run.items, compact=True)
     try:
+        only = None if options.sample is None else _sample(run, options.sample)
+        if _pending(held, only):
+            return run, _drive(run, held, lease, progress, options, only)
         if held.count("pending"):
-            return run, _drive(run, held, lease, progress, options)
+            counts = held.counts()
+            lease.release(**lease.inherited(), counts=counts)
+            return run, Outcome(0, "nothing to do: every item of the sample is terminal", counts, 0.0)
         return run, _finish(run, held, lease)
     except UserError:
         lease.release(**lease.inherited())
         raise
     finally:
         progress.close()
+
+
+def _sample(run: Run, items: int) -> np.ndarray:
+    return np.array(sample.stratified(sample.shapes(run.objects, run.plans), items), np.int64)
+
+
+def _pending(held: state.State, only: np.ndarray | None) -> int:
+    return held.count("pending") if only is None else int(np.count_nonzero(held.status[only] == state.PENDING))
 
 
 def _finish(run: Run, held: state.State, lease: epochs.Lease) -> Outcome:
@@ -85,8 +102,15 @@ def _finish(run: Run, held: state.State, lease: epochs.Lease) -> Outcome:
     return Outcome(finished_code(counts), reason, counts, 0.0)
 
 
-def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress, options: Options) -> Outcome:
-    pending = held.count("pending")
+def _drive(
+    run: Run,
+    held: state.State,
+    lease: epochs.Lease,
+    progress: Progress,
+    options: Options,
+    only: np.ndarray | None,
+) -> Outcome:
+    pending = _pending(held, only)
     progress.say(f"{pending} of {run.items} items to do, output {run.objects.url}")
     interrupt = Interrupt()
     with _signals(interrupt) as install:
@@ -100,11 +124,15 @@ def _drive(run: Run, held: state.State, lease: epochs.Lease, progress: Progress,
         fleet = cluster.RayFleet(settings, replicas, run.config.run.hang_seconds, weight_bytes=weights)
         fleet.watch = watch
         driver = Driver(run.config.name, run.objects, run.plans, held, lease, fleet, progress)
-        driver.interrupt = interrupt
+        driver.interrupt, driver.only = interrupt, only
         meter = Meter(exporter.RaySink(run.config.name, run.objects.url))
         driver.observer = Observer(progress, meter, run.config.run.price_per_gpu_hour)
         try:
-            return driver.run(_rules(run, settings, replicas), replicas.names, _limits(run.config))
+            rules = _rules(run, settings, replicas)
+            if only is not None:  # a bad configuration is not to burn even the sample
+                enough = min(rules.breaker_failures, max(rules.max_attempts + 1, pending))
+                rules = replace(rules, breaker_failures=enough)
+            return driver.run(rules, replicas.names, _limits(run.config))
         finally:
             fleet.close()
             cluster.disconnect()

@@ -50,8 +50,9 @@ Level = tuple[int, int]
 
 @dataclass(slots=True)
 class Supply:
-    """Where the dispatcher's items come from, for `replicas`. `read` may be asked once for each band; `alive` is called
-    before each part that it reads, of which there may be thousands."""
+    """Where the dispatcher's items come from, for `replicas`: all that is pending, or of those ordinals `only`. `read`
+    may be asked once for each band; `alive` is called before each part that it reads, of which there may be thousands.
+    """
 
     objects: Objects
     plans: Sequence[Plan]
@@ -59,6 +60,7 @@ class Supply:
     rules: Rules
     replicas: Sequence[str] = ()
     alive: Callable[[], object] = lambda: None
+    only: np.ndarray | None = None
     _levels: list[Level] = field(default_factory=list)
     _of_part: dict[str, Level] = field(default_factory=dict)
 
@@ -156,6 +158,8 @@ class Supply:
 
     def _wanted(self, table: pa.Table, part: Part, level: Level, band: int) -> np.ndarray:
         pending = self.state.status[part.first : part.first + part.items] == PENDING
+        if self.only is not None:
+            pending &= np.isin(np.arange(part.first, part.first + part.items), self.only)
         of_band = np.searchsorted(self.rules.bands, table.column("tokens").to_numpy(), side="left") == band
         return np.asarray(pending & of_band & _within(table, level))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from vidgen.config import JobConfig
 from vidgen.errors import PlanError
-from vidgen.plan import placing
+from vidgen.plan import forecast, placing
 from vidgen.plan.earlier import SCHEDULED, read_earlier
 from vidgen.plan.files import Objects, check_resume, freeze, read_plan, rejected_reasons, total_rejected
 from vidgen.plan.planning import Planning
@@ -82,6 +82,7 @@ def build(
             return _nothing_new(planning, plans, say)
         before_freeze()
         if freeze(objects, plan, token):
+            forecast.write(objects, (*plans, plan), config)
             return PlanResult(plan, (*plans, plan), True, planning.reasons, _said(planning, say))
         say(f"another planner froze plan {plan.k} first; reading it")
         plans = tuple(read_plan(objects))

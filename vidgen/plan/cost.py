@@ -55,12 +55,15 @@ class Estimate:
         if entry is None:
             entry = {"shape": label, "items": 0, "tokens": shape.tokens, "tflops_per_item": shape.flops / 1e12}
             entry |= {"request": template(shape.request)}
-            entry |= fit.as_dict() if fit is not None and label != OTHERS else {}
+            entry |= fit.as_dict() if fit is not None and label != OTHERS else {"gpus": self._gpus(shape)}
             self.shapes[label] = entry
             self._planned[label] = _planned(shape)
         elif label == OTHERS and shape.tokens > entry["tokens"]:  # it stands for all of them
             entry |= {"tokens": shape.tokens, "request": template(shape.request)}
             self._planned[label] = _planned(shape)
+        if label == OTHERS:  # of the mean
+            done = entry["tflops_per_item"] * entry["items"]
+            entry["tflops_per_item"] = (done + shape.flops / 1e12 * items) / (entry["items"] + items)
         entry["items"] += items
         self.flops += shape.flops * items
         seconds = shape.flops / (GPU_TFLOPS * 1e12) if fit is None else fit.seconds * fit.mesh.size
@@ -76,6 +79,12 @@ class Estimate:
                 self._fits.clear()
             self._fits[shape] = self.placement.of(_planned(shape))
         return self._fits[shape]
+
+    def _gpus(self, shape: Shape) -> int:
+        """How many make one of it, where no GPU is named."""
+        if self.placement is None:
+            return 1
+        return next(band.layout.size for band in reversed(self.placement.bands) if shape.tokens > band.above)
 
     def _settle(self) -> None:
         """With `parallel.degree: auto`, the degrees of all shapes together: how they will be made on GPUs enough."""

@@ -52,9 +52,13 @@ class Shape:
     @property
     def label(self) -> str:
         """What a person calls it: 832x480, 81 frames, 50 steps."""
-        r = self.request
-        guided = "" if r.guidance_scale > 1 else ", no guidance"
-        return f"{r.width}x{r.height}, {self.frames} frames, {r.num_inference_steps} steps{guided}"
+        return label_of(self.request, self.frames)
+
+
+def label_of(request: Request, frames: int) -> str:
+    """What a person calls a request's shape, where the video has so many frames."""
+    guided = "" if request.guidance_scale > 1 else ", no guidance"
+    return f"{request.width}x{request.height}, {frames} frames, {request.num_inference_steps} steps{guided}"
 
 
 class Shaper:

@@ -13,7 +13,7 @@ from rich.table import Table
 from vidgen.errors import printable
 from vidgen.memory import GIB
 from vidgen.plan.build import PlanResult
-from vidgen.report.wording import duration, size
+from vidgen.report.wording import duration, seconds, size
 
 MOST_REASONS = 20
 FITS: Mapping[bool | None, str] = {True: "yes", False: "no", None: "its weights do"}
@@ -24,8 +24,8 @@ def as_json(result: PlanResult) -> dict[str, Any]:
     return {"made": result.made, "plan": plan, "reasons": dict(result.reasons), "notes": list(result.notes)}
 
 
-def show(result: PlanResult, output: str, console: Console) -> None:
-    """The plan as a person reads it; the last lines are what to do next."""
+def show(result: PlanResult, output: str, console: Console, forecast: Mapping[str, Any]) -> None:
+    """The plan as a person reads it, with its forecast; the last lines are what to do next."""
     plan, counts, estimate = result.plan, result.plan.counts, result.plan.estimate
     state = "frozen now" if result.made else ("found frozen" if plan.parts else "dry run, nothing frozen")
     console.print(f"[bold]{escape(printable(plan.config['name']))}[/bold]  plan {plan.k}, {state}", highlight=False)
@@ -49,15 +49,41 @@ def show(result: PlanResult, output: str, console: Console) -> None:
     console.print(_shapes(estimate))
     _gangs(estimate, console)
     _unfitting(estimate, console)
-    price = f", {estimate['price']:,.2f} at {estimate['price_per_gpu_hour']:g} a GPU-hour" if estimate["price"] else ""
-    speed = f"counted FLOPs at an assumed {estimate['assumed_gpu_tflops']:.4g} TFLOP/s"
-    speed += f" of {estimate['gpu']}" if estimate.get("gpu") else ""  # absent from older plans
-    console.print(f"  cost      {estimate['gpu_hours']:,.3g} GPU-hours of denoising ({speed}){price}", highlight=False)
+    forecasted(forecast, console)
     slow = duration(estimate["seconds_per_item_one_core"])
     console.print(f"  on a CPU  about {slow} an item and core, for the costliest", highlight=False)
-    console.print(f"  out       about {size(estimate['bytes'])}", highlight=False)
     if plan.parts:
         console.print(f"next:\n  vidgen generate {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def forecasted(forecast: Mapping[str, Any], console: Console) -> None:
+    """What a run will cost, a line a shape and in all, and how that is known (`vidgen.plan.forecast`)."""
+    price, measured = forecast["price_per_gpu_hour"], forecast["basis"] == "pilot"
+    extra = ("price",) if price is not None else ()
+    table = Table("shape", "items", "an item", "GPU-hours", "out", *extra, box=None, pad_edge=False, padding=(0, 2))
+    for row in forecast["shapes"][:MOST_REASONS]:
+        known = f" ({row['measured']} measured)" if row["measured"] else " (scaled)" if measured else ""
+        cells = [row["shape"], f"{row['items']:,}", seconds(row["seconds_per_item"]) + known]
+        cells += [f"{row['gpu_hours']:,.3g}", size(row["bytes"])]
+        table.add_row(*cells, *([f"{row['gpu_hours'] * price:,.2f}"] if price is not None else []))
+    console.print(table)
+    if len(forecast["shapes"]) > MOST_REASONS:
+        console.print(f"  and {len(forecast['shapes']) - MOST_REASONS} more shapes", highlight=False)
+    cost = f", {forecast['price']:,.2f} at {price:g} a GPU-hour" if price is not None else ""
+    console.print(f"  cost      {forecast['gpu_hours']:,.3g} GPU-hours{cost}", highlight=False)
+    console.print(f"  known by  {forecast['says']}", markup=False, highlight=False, soft_wrap=True)
+    for row in forecast["wall"]:
+        gpus = f" of {row['gpus'] // row['replicas']} GPUs" if row["gpus"] > row["replicas"] else ""
+        count = f"{row['replicas']:,} replica{'s' * (row['replicas'] > 1)}{gpus}"
+        tail = f"{duration(row['tail_seconds'])} of it a tail"
+        console.print(f"  wall      {duration(row['seconds'])} on {count} ({tail})", highlight=False)
+    console.print(f"  out       about {size(forecast['bytes'])}", highlight=False)
+    if measured:
+        peak = forecast["memory_peak_bytes"]
+        told = "not measured" if peak is None else f"at most {peak / GIB:.3g} GiB on a GPU"
+        console.print(f"  memory    {told}", highlight=False)
+        warm = duration(forecast["warm_up_seconds"])
+        console.print(f"  warm-up   {warm} on top of a replica's first item; loading the model not included")
 
 
 def _shapes(estimate: Mapping[str, Any]) -> Table:

@@ -18,7 +18,10 @@ from rich.text import Text
 
 from vidgen import manifest
 from vidgen.errors import printable
+from vidgen.plan import forecast
 from vidgen.plan.files import require_plan, total_items, total_rejected
+from vidgen.report.actual import MOST_ITEMS, Comparison, compare
+from vidgen.report.actual import lines as against
 from vidgen.report.summary import like, signature
 from vidgen.report.wording import duration
 from vidgen.store import epochs
@@ -69,6 +72,7 @@ class Status:
     replicas: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     failures: list[Failures] = field(default_factory=list)
+    against: Comparison | None = None
     notes: list[str] = field(default_factory=list)
     """What holds while it runs: a node that is avoided, a shape that fits only with some of the memory ladder."""
 
@@ -104,6 +108,8 @@ def read(output: str) -> Status:
     if driver == RUNNING:
         for name, value in live(shown).items():
             setattr(found, name, value)
+    rows = manifest.rows(objects, plans, state) if found.total <= MOST_ITEMS and found.done else None
+    found.against = compare(forecast.read(objects), rows, found.gpu_hours, found.cost)
     if counts["failed"] or counts["quarantined"]:
         found.failures = _failures(output, manifest.rows(objects, plans, state))
     return found
@@ -133,6 +139,8 @@ def render(found: Status) -> Group:
         states = ", ".join(f"{count} {stage}" for stage, count in found.replicas.items())
         lines.append(Text(f"  replicas: {states}"))
     lines += [Text(f"  note: {printable(note)}") for note in found.notes]
+    if found.against is not None:
+        lines += against(found.against)
     if found.failures:
         table = Table("items", "failure", "example", title="failures", title_justify="left")
         for row in found.failures:

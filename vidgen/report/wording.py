@@ -15,6 +15,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def seconds(value: float) -> str:
+    """0.034 s, 4.2 s, then as `duration`: of things that may be short."""
+    return f"{value:.2g} s" if value < 10 else duration(value)
+
+
 def size(count: float) -> str:
     """512 B, 3.4 KB, 12 MB, 1.5 TB: decimal units."""
     place = 0

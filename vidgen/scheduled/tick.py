@@ -18,7 +18,7 @@ from vidgen.config import JobConfig, to_dict
 from vidgen.errors import PlanError
 from vidgen.fleet.driver import Outcome
 from vidgen.fleet.opening import deadline_of, open_store
-from vidgen.plan import files
+from vidgen.plan import files, forecast
 from vidgen.plan.earlier import SCHEDULED
 from vidgen.plan.frozen import EXTENDABLE, frozen_differences
 from vidgen.prompts import SUFFIXES
@@ -133,6 +133,7 @@ def _plan(
         if own is not None:
             own.check()
         if files.freeze(objects, plan, token):
+            forecast.write(objects, (plan,), config)
             _account(found, config, report, say)
             report.run, report.items, report.rejected = len(runs), plan.counts["items"], plan.counts["rejected"]
             return [*runs, ScheduledRun(len(runs), objects, plan)]
