@@ -31,11 +31,12 @@ LAYERS = [
     {"media"},
     {"config", "where", "identity", "nn", "sampling", "text", "checkpoint", "memory", "placement"},
     {"config_rules", "formats", "redaction", "tokens", "parallel", "family", "specs", "device", "residency"},
-    {"types", "errors"},
+    {"types", "errors", "faults"},
 ]
 """Rooms from top to bottom; a room imports itself and what is below it."""
 HEADLESS = (
     "config",
+    "faults",
     "types",
     "prompts",
     "tokens",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vidgen import faults
 from vidgen.plan.files import part_table, rejected_table, total_rejected
 from vidgen.store import commits, ledger
 from vidgen.store.objects import Objects
@@ -88,7 +89,8 @@ def write(
         data = sink.getvalue()
         hashes[name] = hashlib.sha256(data).hexdigest()
         before_write()
-        objects.put(name, data)
+        with faults.around("manifest part"):
+            objects.put(name, data)
     body = {
         "plan": plans[-1].k,
         "generation": state.generation,
@@ -98,10 +100,14 @@ def write(
     }
     before_write()
     data = json.dumps(body, indent=1).encode()
-    if not objects.create(SUCCESS, data, token) and not is_valid(objects, plans, state):
+    with faults.around("success"):
+        ours = objects.create(SUCCESS, data, token)
+    if not ours and not is_valid(objects, plans, state):
         before_write()
-        objects.delete(SUCCESS)
-        objects.create(SUCCESS, data, token)
+        with faults.around("old success"):
+            objects.delete(SUCCESS)
+        with faults.around("new success"):
+            objects.create(SUCCESS, data, token)
 
 
 def is_valid(objects: Objects, plans: Sequence[Plan], state: State) -> bool:

@@ -8,6 +8,7 @@ the plan promised about them: callers compare.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -164,7 +165,8 @@ class _Zip:
         self._zip.close()
 
     def abort(self) -> None:
-        self._zip.close()
+        with contextlib.suppress(OSError):  # what could not be written before cannot be written now
+            self._zip.close()
 
 
 class Encoder:
@@ -518,13 +520,18 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
         yield block
 
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors of a disk, with which ffmpeg ends as 256 less the number."""
+
+
 def _failure(what: str, status: int, log: str) -> GenerationError:
     # "[mov @ 0x55d0c3] [error] moov atom not found": the address differs each time and would split equal failures.
     errors = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
     lines = [re.sub(r" @ 0x[0-9a-f]+|\[(error|fatal)\] ", "", line).strip() for line in errors or log.splitlines()]
     # What came first is the cause; what follows comes from several threads, in an order of its own each time.
-    message = f"{what} (exit status {status}): {lines[0] if lines else 'no message'}"
-    if "No space left on device" in log or status in (-signal.SIGKILL, -signal.SIGTERM):
+    full = next((os.strerror(number) for number in _DISK if status == 256 - number), "")  # where no log could be written
+    message = f"{what} (exit status {status}): {lines[0] if lines else full or 'no message'}"
+    if full or os.strerror(errno.ENOSPC) in log or status in (-signal.SIGKILL, -signal.SIGTERM):
         return InfrastructureError(message)
     return ItemError(message)
 

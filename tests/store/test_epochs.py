@@ -55,6 +55,29 @@ def test_the_first_driver_gets_epoch_zero_and_the_next_after_a_clean_end_starts_
     assert second.before["gpu_seconds"] == 7.0
 
 
+def test_a_driver_that_ends_by_an_error_passes_on_what_it_had_spent_at_its_last_beat(objects: Objects) -> None:
+    acquire(objects).release(gpu_seconds=7.0)
+    second = acquire(objects)
+    second.beat(gpu_seconds=9.0, in_flight=["a"])
+    second.release(**second.inherited())
+    assert acquire(objects).before["gpu_seconds"] == 9.0
+
+
+def test_a_holder_looks_for_a_later_epoch_once_its_last_beat_is_a_lease_ago(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, elapsed = acquire(objects), [0.0]
+    clocks = epochs._clocks()
+    monkeypatch.setattr(epochs, "_clocks", lambda: (clocks[0], clocks[1] + elapsed[0]))
+    acquire(objects, takeover=True)
+    first.awake()
+    elapsed[0] = 61.0
+    with pytest.raises(epochs.Held, match="epoch 1 took over"):
+        first.awake()
+    with pytest.raises(epochs.Held, match="epoch 1 took over"):
+        first.beat()
+
+
 def test_a_live_driver_on_this_host_is_seen_at_once(objects: Objects) -> None:
     acquire(objects)
     clock = Clock()

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vidgen import faults
 from vidgen.cli.command import SOME_FAILED, Commands, codes, print_json
 from vidgen.errors import UserError
 
@@ -112,7 +113,8 @@ def _plan(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
     objects = open_store(config)
     if not options.dry_run:
-        objects.probe(new_token())
+        with faults.around("probe"):
+            objects.probe(new_token())
 
     def say(text: str) -> None:
         if not options.json:

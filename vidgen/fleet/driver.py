@@ -128,6 +128,7 @@ class Driver:
         self._feed(ev.Tick())
         while dispatcher.finished is None:
             heard = self.fleet.poll(POLL_SECONDS)
+            self.lease.awake()
             for event in heard or [ev.Tick()]:
                 self._feed(event)
             self._housekeeping(limits)
@@ -150,6 +151,7 @@ class Driver:
                 self._do(action)
 
     def _do(self, action: ev.Action) -> None:
+        self.lease.awake()
         self.observer.does(action)
         match action:
             case ev.Send():
@@ -354,6 +356,7 @@ class Driver:
 
     def _flush(self) -> None:
         if self.records:
+            self.lease.awake()
             ledger.write_part(self.objects, self.records)
             self.records = []
 
@@ -368,6 +371,7 @@ class Driver:
             code = finished_code(counts)
             self.lease.check()
             manifest.write(self.objects, self.plans, self.state, self.token, before_write=self._hold)
+        self.lease.awake()
         whole = finish.code is None and not counts["pending"]
         self._show(self.fleet.pulses(), "finished" if whole else "stopped", last=True)
         self.lease.release(in_flight=[], gpu_seconds=self.gpu_seconds(), counts=counts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 
 from vidgen import config as configuration
+from vidgen import faults
 from vidgen.config import JobConfig
 from vidgen.errors import ConfigError
 from vidgen.plan import build as planning
@@ -68,7 +69,8 @@ def prepare(source: str, overrides: Sequence[str], say: Callable[[str], None]) -
         if changed:
             say(f"note: {changed}")
     else:
-        objects.probe(new_token())
+        with faults.around("probe"):
+            objects.probe(new_token())
         plans = list(planning.build(config, objects, say=say).plans)
     objects = Objects(objects.url, single_writer=config.run.single_writer)
     return Run(config, objects, tuple(plans))

@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vidgen import faults
 from vidgen.fleet import log
 from vidgen.report.wording import duration
 from vidgen.store.objects import Objects
@@ -135,7 +136,8 @@ class Progress:
             self.say(line(snapshot))
         if last or now - self._last_write >= LOG_SECONDS:
             self._last_write = now
-            self.objects.put("progress.json", json.dumps(asdict(snapshot), indent=1).encode())
+            with faults.around("progress"):
+                self.objects.put("progress.json", json.dumps(asdict(snapshot), indent=1).encode())
         if last:
             self.close()
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen import VERSION, family, media
+from vidgen import VERSION, family, faults, media
 from vidgen.errors import Cancelled, ConfigError, GangError, GenerationError, InfrastructureError, ItemError
 from vidgen.fleet import saving, scratch
 from vidgen.fleet.events import BatchGenerated, BatchReturned, Event, ItemDone, ItemFailed, Noted, Work
@@ -96,7 +96,6 @@ class Worker:
         self.name, self.node, self.settings = name, node, settings
         self.entry = entry or Entry()
         self.objects = Objects(settings.output, single_writer=settings.single_writer)
-        self.token = new_token()
         self._batches: queue.Queue[tuple[int, tuple[Work, ...]] | None] = queue.Queue()
         self._written: queue.Queue[Handover | None] = queue.Queue(maxsize=WRITE_AHEAD)
         self._events: queue.Queue[Event] = queue.Queue()
@@ -328,7 +327,8 @@ class Worker:
         if encoded.constant and not settings.allow_constant:
             raise ItemError("every frame is one flat colour; run.allow_constant: true accepts such videos")
         path = commits.video_path(work.item.item_id, encoded.sha256, _extension(settings.format)[1:])
-        self.objects.put_file(path, handover.place)
+        with faults.around("video"):
+            self.objects.put_file(path, handover.place)
         seconds = {name: round(video.seconds.get(name, 0.0), 4) for name in ("encode", "denoise", "decode")}
         record = Record(
             item_id=work.item.item_id,
@@ -358,9 +358,11 @@ class Worker:
             rungs=", ".join(work.rungs),
             peak_bytes=getattr(self._engine, "peak_bytes", int)(),
         )
-        ours, truth = commits.commit(self.objects, record, self.token)
+        ours, truth = commits.commit(self.objects, record, new_token())
         if ours and self.objects.size(path) != encoded.bytes:
-            self.objects.put_file(path, handover.place)
+            with faults.around("video again"):
+                self.objects.put_file(path, handover.place)
+        faults.reached("video seen")
         self._keeper.tail = record.decode_s + record.write_s
         return truth
 

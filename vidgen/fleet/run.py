@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from vidgen import family, manifest
+from vidgen import family, faults, manifest
 from vidgen.config import JobConfig, to_dict
 from vidgen.errors import ConfigError, UserError
 from vidgen.fleet import cluster, elastic, exporter, formation, nodes
@@ -183,7 +183,8 @@ def _chosen(whys: Mapping[str, str]) -> list[str]:
 def _settings(run: Run, lease: epochs.Lease, device: str, threads: int | None) -> Settings:
     config, plan, objects = run.config, run.plans[-1], run.objects
     probe, token = f"epochs/{lease.epoch}.probe", f"epoch {lease.epoch} {lease.token}"
-    objects.put(probe, token.encode())
+    with faults.around("read-back probe"):
+        objects.put(probe, token.encode())
     return Settings(
         output=objects.root if objects.local else objects.url,
         single_writer=config.run.single_writer,

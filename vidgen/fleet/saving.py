@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vidgen import faults
 from vidgen.errors import InfrastructureError, ItemError
 from vidgen.fleet.events import Event, ItemFailed, ItemSaved, Noted, Send, Work
 from vidgen.store import resume
@@ -157,7 +158,8 @@ class Keeper:
         for work, content in zip(self._works, contents, strict=True):
             item_id = work.item.item_id
             try:
-                self.objects.put(resume.resume_path(work.generation, item_id), content)
+                with faults.around("state saved"):
+                    self.objects.put(resume.resume_path(work.generation, item_id), content)
             except (InfrastructureError, OSError) as error:
                 self.tell(Noted(self.name, f"item {item_id[:SHORT_ID]} was not saved: {error}"))
                 return
@@ -262,7 +264,8 @@ class Saves:
         if (generation, item_id) in self._saved:
             self._saved.discard((generation, item_id))
             self.before_delete()
-            self.objects.delete(resume.resume_path(generation, item_id))
+            with faults.around("state forgotten"):
+                self.objects.delete(resume.resume_path(generation, item_id))
 
     def aboard(self, send: Send) -> tuple[Work, ...]:
         """The works of a dispatch, each with whether it may go on from a state."""

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vidgen import faults
 from vidgen.config import JobConfig, to_dict
 from vidgen.errors import ConfigError, PlanError
 from vidgen.family import spec as family_spec
@@ -247,7 +248,8 @@ class PartWriter:
         data = sink.getvalue()
         digest = hashlib.sha256(data).hexdigest()
         name = f"{self.prefix}-{len(self.parts):06d}-{digest[:12]}.parquet"
-        self.objects.put(name, data)
+        with faults.around("plan part"):
+            self.objects.put(name, data)
         self.parts.append(Part(name, digest, rows, self.first))
         self.first += rows
 
@@ -255,4 +257,5 @@ class PartWriter:
 def freeze(objects: Objects, plan: Plan, token: str) -> bool:
     """Creates PLAN.json. True if this plan is now the run's k-th, False if another was there first."""
     body = {**asdict(plan), "token": token}
-    return objects.create(f"plan/{plan.k}/{PLAN_JSON}", json.dumps(body, indent=1).encode(), token)
+    with faults.around("plan"):
+        return objects.create(f"plan/{plan.k}/{PLAN_JSON}", json.dumps(body, indent=1).encode(), token)

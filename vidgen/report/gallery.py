@@ -23,7 +23,7 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 
-from vidgen import manifest, media
+from vidgen import faults, manifest, media
 from vidgen.errors import GenerationError
 from vidgen.plan.files import require_plan, total_items
 from vidgen.report import history, status, timeline
@@ -192,7 +192,8 @@ class _Sheets:
         for folder, call, rows in (("rows", "rows", self._grid), ("more", "more", self._more)):
             text = ",\n".join(_json(row) for row in rows)
             script = f"vidgenReport.{call}({self.chunks}, [\n{text}\n]);\n"
-            self._objects.put(f"report/{folder}/{self.chunks:05d}.js", script.encode())
+            with faults.around("report rows"):
+                self._objects.put(f"report/{folder}/{self.chunks:05d}.js", script.encode())
         self.rows += len(self._grid)
         self.chunks += 1
         self._grid, self._more = [], []
@@ -223,12 +224,14 @@ def _make_posters(objects: Objects, wanted: list[tuple[str, str]], progress: Cal
         video, path = pair
         try:
             if objects.local:
-                objects.put(path, media.poster(objects.path(video)))
-                return True
-            with tempfile.TemporaryDirectory() as folder:
-                copy = Path(folder) / PurePosixPath(video).name
-                copy.write_bytes(objects.read(video))
-                objects.put(path, media.poster(copy))
+                picture = media.poster(objects.path(video))
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    copy = Path(folder) / PurePosixPath(video).name
+                    copy.write_bytes(objects.read(video))
+                    picture = media.poster(copy)
+            with faults.around("poster"):
+                objects.put(path, picture)
             return True
         except (FileNotFoundError, GenerationError):
             return False
@@ -244,7 +247,8 @@ def _make_posters(objects: Objects, wanted: list[tuple[str, str]], progress: Cal
 def _write_page(objects: Objects, gallery: Gallery, title: str, fleet: bool) -> None:
     summary, package = gallery.summary, resources.files("vidgen.report")
     for name in ("gallery.css", "gallery.js"):
-        objects.put(f"report/{name}", (package / name).read_bytes())
+        with faults.around("report style"):
+            objects.put(f"report/{name}", (package / name).read_bytes())
     failures = summary.failures()
     strip = [
         {"status": status, "count": summary.statuses[status], "count_text": f"{summary.statuses[status]:,}"}
@@ -284,7 +288,8 @@ def _write_page(objects: Objects, gallery: Gallery, title: str, fleet: bool) -> 
         total_text=f"{summary.items:,}",
         meta=meta,
     )
-    objects.put(gallery.page, page.encode())
+    with faults.around("report page"):
+        objects.put(gallery.page, page.encode())
 
 
 def _tiles(summary: Summary) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vidgen import manifest
+from vidgen import faults, manifest
 from vidgen import where as grammar
 from vidgen.config import JobConfig
 from vidgen.plan.build import PlanResult, build
@@ -55,7 +55,8 @@ def reopen(objects: Objects, item_ids: Iterable[str], lease: epochs.Lease) -> in
     assert chosen, "a generation lists at least one item"
     number = max(commits.list_generations(objects), default=0) + 1
     lease.check()
-    objects.delete(manifest.SUCCESS)
+    with faults.around("unfinish"):
+        objects.delete(manifest.SUCCESS)
     lease.check()
     if not commits.create_generation(objects, number, chosen, lease.token):
         raise RuntimeError(f"generation {number} appeared while this process held the lease")
@@ -70,7 +71,8 @@ def extend(
 
     def before_freeze() -> None:
         lease.check()
-        objects.delete(manifest.SUCCESS)
+        with faults.around("unfinish"):
+            objects.delete(manifest.SUCCESS)
         lease.check()
 
     try:

@@ -14,6 +14,7 @@ from importlib import resources
 import jinja2
 import numpy as np
 
+from vidgen import faults
 from vidgen.report.history import ENGINE, Axis, History, Lane
 from vidgen.report.summary import Summary
 from vidgen.report.wording import duration, size
@@ -39,7 +40,8 @@ class Cost:
 def write(objects: Objects, title: str, history: History, summary: Summary, cost: Cost) -> str:
     """Writes the page and its style; returns its path."""
     package = resources.files("vidgen.report")
-    objects.put("report/fleet.css", (package / "fleet.css").read_bytes())
+    with faults.around("report fleet style"):
+        objects.put("report/fleet.css", (package / "fleet.css").read_bytes())
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     axis, lanes = history.axis, _merged(history.lanes)
     settled = float((history.done + history.failed).sum())
@@ -70,7 +72,8 @@ def write(objects: Objects, title: str, history: History, summary: Summary, cost
         ],
         kinds=len(failures),
     )
-    objects.put(PAGE, page.encode())
+    with faults.around("report fleet page"):
+        objects.put(PAGE, page.encode())
     return PAGE
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vidgen import faults
 from vidgen.errors import PlanError
 from vidgen.plan.files import Objects
 from vidgen.types import Part
@@ -165,6 +166,7 @@ class Index:
             data = sink.getvalue()
             digest = hashlib.sha256(data).hexdigest()
             name = f"{prefix}-{len(parts):06d}-{digest[:12]}.parquet"
-            objects.put(name, data)
+            with faults.around("seen part"):
+                objects.put(name, data)
             parts.append(Part(name, digest, table.num_rows, first))
         return tuple(parts)

@@ -14,6 +14,7 @@ from datetime import datetime
 
 import fsspec
 
+from vidgen import faults
 from vidgen.config import JobConfig, to_dict
 from vidgen.errors import PlanError
 from vidgen.fleet.driver import Outcome
@@ -86,7 +87,8 @@ def tick(
     root = open_store(config)
     limits = _Limits(config, now)
     if epochs.current(root) is None:
-        root.probe(new_token())
+        with faults.around("probe"):
+            root.probe(new_token())
     own = turn.take(root, config.run.lease, schedule.takeover, schedule.overlap, say)
     try:
         report = Report(root.url)
@@ -94,7 +96,8 @@ def tick(
         _drive(root, config, runs, own, limits, drive, report, say)
         if report.exit != INTERRUPTED:
             report.counts = view.update(root, runs)["counts"]
-            root.put(LAST, json.dumps(asdict(report), indent=1).encode())
+            with faults.around("tick report"):
+                root.put(LAST, json.dumps(asdict(report), indent=1).encode())
         return report
     finally:
         if own is not None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vidgen import manifest
+from vidgen import faults, manifest
 from vidgen.errors import PlanError
 from vidgen.plan.files import total_rejected
 from vidgen.scheduled.runs import READERS, ScheduledRun, read_runs
@@ -136,7 +136,8 @@ def _parts(
         data = sink.getvalue()
         parts[name] = hashlib.sha256(data).hexdigest()
         if known.get(name) != parts[name]:
-            root.put(name, data)
+            with faults.around("view part"):
+                root.put(name, data)
     return parts
 
 
@@ -192,7 +193,8 @@ def _put_changed(root: Objects, path: str, data: bytes) -> None:
             return
     except FileNotFoundError:
         pass
-    root.put(path, data)
+    with faults.around("view"):
+        root.put(path, data)
 
 
 def _digest(value: Any) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vidgen import faults
 from vidgen.store.objects import Objects
 from vidgen.types import Record
 
@@ -30,7 +31,9 @@ def commit(objects: Objects, record: Record, token: str) -> tuple[bool, Record]:
     """Creates the commit of an item. Returns (ours, the record that counts): whoever was first is the truth."""
     path = commit_path(record.generation, record.item_id)
     data = json.dumps({**record.to_dict(), "token": token}).encode()
-    if objects.create(path, data, token):
+    with faults.around("commit"):
+        ours = objects.create(path, data, token)
+    if ours:
         return True, record
     return False, _parse(objects.read(path))
 
@@ -72,7 +75,8 @@ def create_generation(objects: Objects, generation: int, item_ids: Iterable[str]
     table = pa.table({"item_id": pa.array(sorted(item_ids), pa.string())})
     sink = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({"token": token}), sink)
-    return objects.create(f"generations/{generation}.parquet", sink.getvalue(), token)
+    with faults.around("generation"):
+        return objects.create(f"generations/{generation}.parquet", sink.getvalue(), token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,8 @@ class Attempt:
 def record_attempt(objects: Objects, attempt: Attempt, evidence: Mapping[str, object]) -> None:
     """Writes the evidence of an attempt; the name alone says what it counts."""
     data = json.dumps({**evidence, "count": attempt.count, "token": attempt.token}).encode()
-    objects.create(attempt.path, data, attempt.token)
+    with faults.around("evidence"):
+        objects.create(attempt.path, data, attempt.token)
 
 
 def read_attempts(objects: Objects) -> Iterator[Attempt]:

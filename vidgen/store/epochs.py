@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vidgen import faults
 from vidgen.store.objects import Objects, new_token
 
 BEAT_SECONDS = 15.0
@@ -51,19 +52,39 @@ class Process:
 class Lease:
     """The epoch this driver holds. Made by `acquire`."""
 
-    def __init__(self, objects: Objects, epoch: int, token: str, unclean: bool, before: dict[str, Any]) -> None:
-        self.objects, self.epoch, self.token = objects, epoch, token
+    def __init__(
+        self,
+        objects: Objects,
+        epoch: int,
+        token: str,
+        unclean: bool,
+        before: dict[str, Any],
+        *,
+        seconds: float = 60.0,
+        begun: tuple[float, float] | None = None,
+    ) -> None:
+        self.objects, self.epoch, self.token, self.seconds = objects, epoch, token, seconds
         self.unclean = unclean
         """True if the driver before us did not end cleanly."""
         self.before = before
-        """Its last beat: suspects (items in flight on its host) and GPU-seconds spent."""
-        self.last_beat = time.monotonic()
+        """Its last beat: suspects (items in flight on its host) and GPU-seconds spent, ours among them once we beat."""
+        self._heard = begun or _clocks()
+
+    @property
+    def last_beat(self) -> float:
+        """When the last beat was begun, on the monotonic clock."""
+        return self._heard[0]
 
     def beat(self, **facts: Any) -> None:
         """Rewrites the beat; `facts` are in-flight items by host, GPU-seconds spent, counts."""
-        body = {"epoch": self.epoch, "token": self.token, "at": time.time(), **facts}
-        self.objects.put(f"epochs/{self.epoch}.beat", json.dumps(body).encode())
-        self.last_beat = time.monotonic()
+        self.awake()
+        begun = _clocks()
+        body = {"epoch": self.epoch, "token": self.token, "at": begun[1], **facts}
+        with faults.around("release" if facts.get("released") else "beat"):
+            self.objects.put(f"epochs/{self.epoch}.beat", json.dumps(body).encode())
+        if "gpu_seconds" in facts:
+            self.before = {**self.before, "gpu_seconds": facts["gpu_seconds"]}
+        self._heard = begun  # not the end: this process may have stood still on the way
 
     def inherited(self) -> dict[str, Any]:
         """What the driver before us left and nobody has dealt with yet: GPU-seconds spent, items that were in flight
@@ -78,6 +99,12 @@ class Lease:
         """Raises Held if a later epoch exists. Called immediately before each durable act of the driver's own."""
         if self.objects.exists(f"epochs/{self.epoch + 1}.json"):
             raise Held(f"epoch {self.epoch + 1} took over this run from epoch {self.epoch}")
+
+    def awake(self) -> None:
+        """Raises Held if a later epoch exists and a lease has passed since our last beat: a process that stood still
+        so long asks before it does anything else. Costs nothing otherwise."""
+        if any(now - heard > self.seconds for now, heard in zip(_clocks(), self._heard, strict=True)):
+            self.check()
 
     def stop_requested(self) -> bool:
         return self.objects.exists(f"epochs/{self.epoch}.stop")
@@ -104,7 +131,8 @@ def request_stop(objects: Objects) -> int:
     epoch = current(objects)
     if epoch is None or read_beat(objects, epoch).get("released"):
         raise Held("no driver is running here")
-    objects.put(f"epochs/{epoch}.stop", json.dumps({"at": time.time()}).encode())
+    with faults.around("stop"):
+        objects.put(f"epochs/{epoch}.stop", json.dumps({"at": time.time()}).encode())
     return epoch
 
 
@@ -123,6 +151,7 @@ def acquire(
     """
     me = Process.current()
     while True:
+        begun = _clocks()
         epoch = current(objects)
         before: dict[str, Any] = {}
         unclean = False
@@ -135,8 +164,10 @@ def acquire(
         token = new_token()
         number = 0 if epoch is None else epoch + 1
         body = {**asdict(me), "token": token, "started_at": time.time()}
-        if objects.create(f"epochs/{number}.json", json.dumps(body).encode(), token):
-            held = Lease(objects, number, token, unclean, before)
+        with faults.around("epoch"):
+            ours = objects.create(f"epochs/{number}.json", json.dumps(body).encode(), token)
+        if ours:
+            held = Lease(objects, number, token, unclean, before, seconds=lease, begun=begun)
             held.beat(**held.inherited())
             return held
         if not takeover:
@@ -175,6 +206,11 @@ def _holder(objects: Objects, epoch: int) -> Process | None:
         return Process(**{key: body[key] for key in ("host", "boot_id", "pid_namespace", "pid", "start_time")})
     except (FileNotFoundError, ValueError, KeyError):
         return None
+
+
+def _clocks() -> tuple[float, float]:
+    """Monotonic and wall clock: the first stands still while a virtual machine is suspended, the second may be set."""
+    return time.monotonic(), time.time()
 
 
 def start_time(pid: int) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vidgen import faults
 from vidgen.store import commits, ledger, resume
 from vidgen.store.objects import Objects, new_token
 
@@ -49,7 +50,8 @@ def collect(
         if old and entry.path not in named and _useless(objects, entry.path, older_than, now):
             if not dry_run:
                 before_delete()
-                objects.delete(entry.path)
+                with faults.around("gc delete"):
+                    objects.delete(entry.path)
             removed += 1
             size += entry.size
     temporaries = 0 if dry_run else objects.sweep_temporaries("", max(older_than, SAFE_SECONDS))
@@ -94,5 +96,6 @@ def _orphan(objects: Objects, path: str, older_than: float, now: Callable[[], fl
 
 
 def _store_clock(objects: Objects) -> Callable[[], float]:
-    ahead = objects.now(new_token()) - time.time()
+    with faults.around("clock"):
+        ahead = objects.now(new_token()) - time.time()
     return lambda: time.time() + ahead

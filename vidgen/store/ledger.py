@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vidgen import faults
 from vidgen.store import commits
 from vidgen.store.objects import Objects
 from vidgen.types import Record
@@ -35,7 +36,8 @@ def write_part(objects: Objects, records: Sequence[Record]) -> str:
     ordinals = columns["ordinal"]
     name = f"{min(ordinals):012d}-{max(ordinals):012d}-{hashlib.sha256(data).hexdigest()[:12]}"
     path = f"ledger/{name}.parquet"
-    objects.put(path, data)
+    with faults.around("ledger part"):
+        objects.put(path, data)
     return path
 
 

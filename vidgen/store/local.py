@@ -1,4 +1,5 @@
-"""Disks of this machine, shared ones included: the atomicity that fsspec does not give local files.
+"""Disks of this machine, shared ones included: the atomicity that fsspec does not give local files, and what their
+errors mean.
 
 An object is written beside its place, synced, and linked (create-only) or renamed over what is there.
 """
@@ -6,27 +7,34 @@ An object is written beside its place, synced, and linked (create-only) or renam
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
 
+from vidgen import faults
 from vidgen.store.kind import Entry, Trouble
 
 TEMPORARY = ".tmp-"
 """Prefix of the names under which files are written before they are published; listings pass over them."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_SHAKY = (errno.EIO, errno.ESTALE)
 
 
 class Local:
-    """Files of a disk. Its errors are the system's own, and are not tried again."""
+    """Files of a disk. Only what a network disk recovers from is tried again."""
 
     def create(self, name: str, data: bytes) -> None:
         with _written(name, data) as temporary:
+            faults.reached("file created")
             os.link(temporary, name)
 
     def put(self, name: str, data: bytes) -> None:
         with _written(name, data) as temporary:
+            faults.reached("file written")
             os.replace(temporary, name)
 
     def put_file(self, name: str, source: str) -> None:
@@ -38,6 +46,7 @@ class Local:
                 shutil.copyfile(source, temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            faults.reached("file copied")
             os.replace(temporary, name)
         finally:
             _unlink(temporary)  # still there after an error, or where both names were the same file already
@@ -76,6 +85,15 @@ class Local:
         os.unlink(name)
 
     def diagnose(self, error: Exception) -> Trouble | None:
+        if not isinstance(error, OSError) or error.errno is None:
+            return None
+        said = f"{error.strerror} ({errno.errorcode.get(error.errno, error.errno)})"
+        if error.errno in _FULL:
+            return Trouble(f"the disk is full; make room and start again: {said}", again=False)
+        if error.errno in _DENIED:
+            return Trouble(f"permission is missing to read and write below the output: {said}", again=False)
+        if error.errno in _SHAKY:
+            return Trouble(f"the disk is in trouble: {said}", again=True)
         return None
 
     def sweep_temporaries(self, folder: str, older_than: float) -> int:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from vidgen import faults
 from vidgen.errors import InfrastructureError
 from vidgen.redaction import Secrets
 from vidgen.store import retry
@@ -57,12 +58,14 @@ class S3:
     def _put_parts(self, name: str, source: str, size: int) -> None:
         """Each part has tries of its own, since a file of a thousand parts would else never get through."""
         length = max(PART_BYTES, -(-size // MOST_PARTS))
-        upload = self._call("create_multipart_upload", name)["UploadId"]
+        with faults.around("upload begun"):
+            upload = self._call("create_multipart_upload", name)["UploadId"]
 
         def send(number: int) -> dict[str, Any]:
             data = os.pread(descriptor, length, number * length)
             known = {"UploadId": upload, "PartNumber": number + 1}
-            tag = self._tried(name, lambda: self._call("upload_part", name, Body=data, **known))["ETag"]
+            with faults.around("upload part"):
+                tag = self._tried(name, lambda: self._call("upload_part", name, Body=data, **known))["ETag"]
             return {"PartNumber": number + 1, "ETag": tag}
 
         def complete() -> None:
@@ -78,7 +81,8 @@ class S3:
         try:
             with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
                 parts = list(pool.map(send, range(-(-size // length))))
-            self._tried(name, complete)
+            with faults.around("upload ended"):
+                self._tried(name, complete)
         except BaseException:
             self._abort(name, upload)
             raise
