@@ -89,6 +89,16 @@ class RayFleet:
     def recall(self, name: str, within: float | None = None) -> None:
         self._tell(name, "leave", within)
 
+    def reclaim(self, name: str) -> None:
+        self._tell(name, "recall")
+
+    def enlist(self, name: str, band: int, avoid: Sequence[str] = ()) -> None:
+        self.start(name)
+
+    def dismiss(self, name: str) -> None:
+        self.lines.pop(name).close()
+        del self.last[name]
+
     def pulses(self) -> dict[str, Pulse | None]:
         return dict(self.last)
 
