@@ -67,7 +67,8 @@ def _first(mark: str) -> bool:
 
 def _act(point: str, action: str) -> None:
     if action in _SIGNALS:
-        os.kill(os.getpid(), _SIGNALS[action])
+        # To this thread: one sent to the process may reach another first, while this one goes on.
+        signal.pthread_kill(threading.get_ident(), _SIGNALS[action])
     else:
         number = getattr(errno, action)
         raise OSError(number, f"{os.strerror(number)} (asked for at {point})")
