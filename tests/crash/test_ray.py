@@ -163,6 +163,17 @@ def test_drivers_die_once_at_each_point_one_after_another_and_the_run_ends_whole
 
 def _place(name: str) -> int:
     """Where in a run an act comes; what is not named here comes in between."""
-    first = ["probe", "plan part", "plan", "epoch", "read-back probe", "evidence", "commit", "beat", "progress"]
+    first = [
+        "probe",
+        "plan part",
+        "plan",
+        "estimate",
+        "epoch",
+        "read-back probe",
+        "evidence",
+        "commit",
+        "beat",
+        "progress",
+    ]
     last = ["manifest part", "success", "release"]
     return first.index(name) if name in first else 100 + last.index(name) if name in last else len(first)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vidgen import faults
 from vidgen.config import JobConfig
 from vidgen.plan.cost import CPU_GFLOPS_PER_CORE
 from vidgen.plan.files import Objects
@@ -141,7 +142,8 @@ def write(
 ) -> dict[str, Any]:
     """Puts estimate.json, with what an earlier pilot measured if none is given; its content."""
     found = forecast(plans, config, pilot or calibration(objects))
-    objects.put(ESTIMATE, json.dumps(found, indent=1).encode())
+    with faults.around("estimate"):
+        objects.put(ESTIMATE, json.dumps(found, indent=1).encode())
     return found
 
 
