@@ -177,22 +177,33 @@ def test_an_output_that_replicas_cannot_see_is_refused_with_the_reason(tmp_path:
 
 @pytest.fixture
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Ray head of its own ports; yields the environment to talk to it."""
-    free = socket.socket()
-    free.bind(("127.0.0.1", 0))
-    dashboard = free.getsockname()[1]
-    free.close()
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0", "--num-cpus=2"]
-    command += [
-        f"--dashboard-port={dashboard}",
-        "--disable-usage-stats",
-        f"--temp-dir={tmp_path_factory.mktemp('ray')}",
-    ]
-    with open(os.devnull, "wb") as null:
-        process = subprocess.Popen(command, env=environment, stdout=null, stderr=null, start_new_session=True)
-    until(lambda: _answers(dashboard))
+    """A Ray head of its own ports; yields the environment to talk to it. Another one if Ray gives up, as on a machine
+    where other clusters of other tests take ports at the same moment."""
+    for _ in range(4):
+        dashboard, agent, client = (_free_port() for _ in range(3))
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+        environment.pop("RAY_ADDRESS", None)
+        folder = tmp_path_factory.mktemp("ray")
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            "--port=0",
+            "--num-cpus=2",
+        ]
+        command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        command += [f"--ray-client-server-port={client}", "--disable-usage-stats", f"--temp-dir={folder}"]
+        with open(folder / "head.log", "wb") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        until(lambda: process.poll() is not None or _answers(dashboard))  # noqa: B023
+        if process.poll() is None:
+            break
+    else:
+        raise AssertionError((folder / "head.log").read_text())
     yield environment
     process.terminate()
     try:
@@ -200,6 +211,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _answers(port: int) -> bool:
