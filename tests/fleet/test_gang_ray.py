@@ -20,13 +20,13 @@ from tests.fleet.gang_faults import STAGES, Cards, Crossed, Fault, Raced, taken_
 from tests.fleet.inline import config_for, settings_for, write_prompts
 from vidgen.fleet import cluster as rays
 from vidgen.fleet import events as ev
+from vidgen.fleet import silence
 from vidgen.fleet.cluster import RayFleet
 from vidgen.fleet.dispatch import Rules
 from vidgen.fleet.driver import Driver, Limits, Outcome
 from vidgen.fleet.formation import Formation, Kind
 from vidgen.fleet.gang import Entry
 from vidgen.fleet.progress import Progress
-from vidgen.fleet.replica import Pulse
 from vidgen.parallel.layout import Layout
 from vidgen.plan.build import build
 from vidgen.plan.files import read_plan
@@ -129,25 +129,6 @@ def until(condition: Callable[[], bool], most: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    ("pace", "said", "members", "expected"),
-    [
-        (1.0, None, 2, 60.0),
-        (20.0, None, 2, 200.0),  # ten of its steps
-        (0.0, None, 2, 300.0),  # outside of the steps
-        (20.0, None, 1, 300.0),  # a replica of one is judged by its silences
-        (20.0, 45.0, 2, 45.0),
-    ],
-)
-def test_a_gang_may_be_silent_for_ten_of_its_steps_and_a_minute_at_least(
-    pace: float, said: float | None, members: int, expected: float
-) -> None:
-    fleet = RayFleet(None, None, said)  # type: ignore[arg-type]
-    pulse = Pulse((), "denoise", 3, 50, 0.0, 0.0, "item", pace)
-    handle = rays.Handle([rays.Process(None, None, None)] * members, stage="ready", pulse=pulse)
-    assert fleet._allowed(handle) == expected
-
-
 def test_of_two_gangs_on_a_node_one_loses_a_rank_in_a_step_and_the_other_works_on(
     tmp_path: Path, nodes: Cluster
 ) -> None:
@@ -163,7 +144,7 @@ def test_of_two_gangs_on_a_node_one_loses_a_rank_in_a_step_and_the_other_works_o
 def test_a_rank_that_stands_still_in_a_step_is_a_hang_of_its_gang_and_nothing_of_it_stays(
     tmp_path: Path, nodes: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rays, "FEWEST_GANG_HANG_SECONDS", 3.0)
+    monkeypatch.setattr(silence, "FEWEST_GANG_HANG_SECONDS", 3.0)
     stop = fault(tmp_path, "denoise", 1, signal.SIGSTOP)
     run = Run(tmp_path, 1, 2, Cards(stop), rows=3, step_seconds=0.1)
     run.finishes(3)
@@ -188,8 +169,8 @@ def test_a_gang_of_four_with_a_rank_killed_at_any_stage_ends_with_every_item_mad
 def test_a_gang_of_four_with_a_rank_stopped_is_replaced(
     tmp_path: Path, nodes: Cluster, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rays, "FEWEST_HANG_SECONDS", 15.0)
-    monkeypatch.setattr(rays, "FEWEST_GANG_HANG_SECONDS", 5.0)
+    monkeypatch.setattr(silence, "FEWEST_HANG_SECONDS", 15.0)
+    monkeypatch.setattr(silence, "FEWEST_GANG_HANG_SECONDS", 5.0)
     run = Run(tmp_path, 1, 4, Cards(fault(tmp_path, stage, 2, signal.SIGSTOP)), rows=3, step_seconds=0.1)
     run.finishes(3)
     assert [cause for _, cause in run.fleet.lost()] == ["hang" if stage == "denoise" else "start"], run.fleet.errors()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -20,9 +22,12 @@ from vidgen.fleet import nodes as machines
 from vidgen.fleet.driver import Outcome
 from vidgen.fleet.elastic import rooms
 from vidgen.fleet.formation import Band
+from vidgen.fleet.gang import Entry
+from vidgen.fleet.starts import START_FAILURES
 from vidgen.fleet.watch import Watch
 from vidgen.parallel.layout import Layout
 from vidgen.report.verify import verify
+from vidgen.types import ModelSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PLACES = 2
@@ -57,10 +62,12 @@ def add(cluster: Cluster) -> object:
 
 
 class Driven:
-    """A run of single replicas, driven in a thread."""
+    """A run of replicas, single unless `degree` says otherwise, driven in a thread."""
 
-    def __init__(self, folder: Path, replicas: int, rows: int, **options: float) -> None:
-        self.run = Run(folder, replicas, 1, Cards(), rows=rows, **options)
+    def __init__(
+        self, folder: Path, replicas: int, rows: int, degree: int = 1, entry: Entry | None = None, **options: float
+    ) -> None:
+        self.run = Run(folder, replicas, degree, entry or Cards(), rows=rows, **options)
         self.rows = rows
         self.outcome: list[Outcome] = []
         self.run.fleet.watch = Watch(machines.draining, machines.present)
@@ -73,10 +80,11 @@ class Driven:
         return [event for event in list(self.run.fleet.seen) if isinstance(event, kind)]
 
     def lost_with_nodes(self) -> int:
-        """Replicas that went with their nodes, beside what Ray began on a node that it did not yet know to be gone."""
-        causes = [cause for _, cause in self.run.fleet.lost()]
-        assert set(causes) <= {"node", "start"}, causes
-        return causes.count("node")
+        """Replicas that went with their nodes, and nothing else was lost. One may go twice: Ray may begin it again on a
+        node that it does not yet know to be gone."""
+        lost = self.run.fleet.lost()
+        assert {cause for _, cause in lost} <= {"node"}, self.run.fleet.errors()
+        return len({name for name, _ in lost})
 
     def ready(self) -> list[ev.ReplicaReady]:
         return [event for event in self.seen(ev.ReplicaReady) if isinstance(event, ev.ReplicaReady)]
@@ -88,6 +96,22 @@ class Driven:
         verdict = verify(str(self.run.output))
         assert verdict.ok and verdict.done == self.rows, verdict.problems
         assert not list(self.run.objects.list("attempts"))
+
+
+def test_a_job_that_starts_where_no_gpu_is_shows_that_it_waits_and_takes_the_first_that_comes(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    driven = Driven(tmp_path, 1, rows=4)
+    driven.start()
+    shown = "waiting for 1 GPU (0 of 0 free)"
+    until(lambda: shown in [pulse.stage for pulse in driven.run.fleet.pulses().values() if pulse])
+    node = add(cluster)
+    try:
+        driven.finishes()
+        assert driven.run.fleet.lost() == []
+    finally:
+        cluster.remove_node(node, allow_graceful=False)
+        until(lambda: sum(entry["Alive"] for entry in ray.nodes()) == 1)
 
 
 def test_a_node_that_is_removed_takes_its_replicas_and_the_run_goes_on_elsewhere(
@@ -113,6 +137,45 @@ def test_a_run_that_loses_all_its_replicas_at_once_waits_for_room_and_goes_on(
     assert not driven.outcome, "it waits"
     workers.append(add(cluster))
     driven.finishes()
+
+
+@pytest.mark.parametrize("degree", [1, 2 * PLACES])
+def test_replicas_lost_with_their_nodes_while_they_load_are_no_starts_that_failed(
+    tmp_path: Path, cluster: Cluster, workers: list[object], degree: int
+) -> None:
+    """More of them than starts may fail, before any was ready; of a gang, the part that is on one node."""
+    gate = tmp_path / "open"
+    driven = Driven(tmp_path, 2 * PLACES // degree, 8, degree, Gated(gate=str(gate)), strict=False)
+    driven.start()
+    until(lambda: loading(driven) == 2 * PLACES, 120)
+    for node in workers[:1] if degree > 1 else list(workers):
+        cluster.remove_node(node, allow_graceful=False)
+    replicas = 2 * PLACES // degree
+    assert degree > 1 or replicas >= START_FAILURES
+    until(lambda: driven.lost_with_nodes() == replicas, 120)
+    assert not driven.outcome and not driven.ready()
+    workers.append(add(cluster))
+    gate.touch()
+    driven.finishes()
+    assert driven.lost_with_nodes() == replicas
+
+
+@dataclass(frozen=True)
+class Gated(Cards):
+    """A model that loads once the file is there."""
+
+    gate: str = ""
+
+    def load(self, settings: ModelSettings, gang: Any) -> Any:
+        while not Path(self.gate).exists():
+            time.sleep(0.1)
+        return super().load(settings, gang)
+
+
+def loading(driven: Driven) -> int:
+    """Processes that load a model."""
+    handles = list(driven.run.fleet.handles.values())
+    return sum(bool(one.node) for handle in handles if handle.stage == "start" for one in handle.members)
 
 
 def test_a_node_that_ray_is_told_will_go_is_left_before_it_goes(

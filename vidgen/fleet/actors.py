@@ -35,6 +35,10 @@ class ReplicaActor:
         self.worker = Worker(name, self.node, settings, entry) if rank == 0 else None
         self.member = Member(f"{name}, rank {rank}", settings.model, entry) if rank else None
 
+    def where(self) -> str:
+        """The node it is on: the first thing that is asked of it, so that it is known if the two are lost together."""
+        return self.node
+
     def sit(self) -> Place:
         """Ready to meet the others: what takes long to import is."""
         importlib.import_module("vidgen.parallel.gang")

@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -21,28 +20,21 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn, PlacementGroupSchedulingStrategy
 
 from vidgen.errors import ConfigError, GangError, UserError
-from vidgen.fleet import nodes
+from vidgen.fleet import nodes, silence
 from vidgen.fleet.actors import ReplicaActor, StartFailed, first_line
 from vidgen.fleet.events import Event, ReplicaLost, ReplicaReady, Work
 from vidgen.fleet.formation import Formation
 from vidgen.fleet.gang import Entry, Seat
 from vidgen.fleet.replica import Pulse, Settings
+from vidgen.fleet.silence import Handle, Loss, Process
 from vidgen.fleet.watch import Watch
 from vidgen.store.objects import new_token
 
 POLL_SECONDS = 1.0
 """How long a replica may hold a poll open when it has nothing to say."""
-FEWEST_HANG_SECONDS = 300.0
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20
 """Frames and tensors never cross Ray, so a local cluster need not take a third of the memory for its object store."""
-HANG_STEPS = 10
-"""Without run.hang_seconds: a replica hangs that shows nothing for max(300 s, 10 x its longest silence so far)."""
-FEWEST_GANG_HANG_SECONDS = 60.0
-"""A gang between two steps hangs after max(60 s, 10 x the median step of the batch)."""
 RENDEZVOUS_ATTEMPTS = 3
-UNREACHABLE_SECONDS = 45.0
-"""How long a process may be unreachable before it counts as lost with its machine. Ray needs about 15 s to know that a
-machine is gone, and says so; a process that died alone is told at once."""
 FEWEST_START_SECONDS = 900.0
 LOAD_BYTES_PER_SECOND = 10e6
 """A replica whose processes run is late when it is not ready after 900 s and the time to read its weights at 10 MB/s.
@@ -50,37 +42,6 @@ Waiting for resources is not starting: that may take as long as another job hold
 NODE_LABEL = "ray.io/node-id"
 AWAITED_SECONDS = 5.0
 """How often the cluster is asked what it has free, while a replica waits."""
-BROKEN_SECONDS = 5.0
-"""How long after a gang fell out of step the death of a member may be noticed as its reason."""
-
-
-@dataclass(slots=True)
-class Process:
-    """One actor: `call` is what it was told to do to come in, None once it has; `poll` its next sign of life. `heard`:
-    when the last one came; `unreachable`: since when its connection is broken, for a reason not known yet."""
-
-    actor: Any
-    call: Any
-    poll: Any
-    node: str = ""
-    heard: float | None = None
-    unreachable: float | None = None
-
-
-@dataclass(slots=True)
-class Handle:
-    """One replica. `stage` is what all members are being told: sit, join, start; then ready. `placed_at`: since when
-    all its processes run."""
-
-    members: list[Process]
-    group: Any = None
-    stage: str = "start"
-    answers: dict[int, Any] = field(default_factory=dict)
-    attempt: int = 1
-    pulse: Pulse | None = None
-    longest_silence: float = 0.0
-    broken_at: float | None = None
-    placed_at: float | None = None
 
 
 class RayFleet:
@@ -145,10 +106,10 @@ class RayFleet:
 
     def pulses(self) -> dict[str, Pulse | None]:
         """The last sign of life of each replica; None while it starts, or what it waits for as its stage."""
-        waiting = {name for name, handle in self.handles.items() if _unplaced(handle)}
+        waiting = {name for name, handle in self.handles.items() if not handle.placed}
         awaited = self._free() if waiting else ""
         return {
-            name: handle.pulse if handle.stage == "ready" else self._waits(name, awaited) if name in waiting else None
+            name: handle.pulse if handle.ready else self._waits(name, awaited) if name in waiting else None
             for name, handle in self.handles.items()
         }
 
@@ -171,7 +132,9 @@ class RayFleet:
         for reference in done:
             self._hear(*waiting[reference], reference, events)
         for name in list(self.handles):
-            self._notice_silence(name, events)
+            handle, now = self.handles[name], time.monotonic()
+            if loss := silence.overdue(handle, now, self.start_seconds, self.hang_seconds, nodes.lives):
+                self._lose(name, loss, events)
         return events
 
     def close(self) -> None:
@@ -202,8 +165,8 @@ class RayFleet:
             remote: Any = ray.remote(**options)(ReplicaActor)
             actor = remote.remote(name, rank, self.settings, self.entry)
             call = actor.sit.remote() if size > 1 else actor.start.remote()
-            poll = actor.poll.options(concurrency_group="control").remote(POLL_SECONDS)
-            handle.members.append(Process(actor, call, poll))
+            first = actor.where.options(concurrency_group="control").remote()
+            handle.members.append(Process(actor, call, first))
 
     def _answered(self, name: str, rank: int, answer: Any, events: list[Event]) -> None:
         """One member did what it was told; once all have, they are told what comes next."""
@@ -235,7 +198,8 @@ class RayFleet:
         """A gang that did not come together (a port taken by another, a member that met strangers) tries again in the
         same places, with new processes and another port: the old ones may still be waiting for each other."""
         handle = self.handles[name]
-        if handle.stage != "join" or handle.attempt >= RENDEZVOUS_ATTEMPTS:
+        hopeless = handle.broken is not None or not handle.reachable
+        if handle.stage != "join" or handle.attempt >= RENDEZVOUS_ATTEMPTS or hopeless:
             return False
         handle.attempt += 1
         _end(handle)
@@ -254,75 +218,60 @@ class RayFleet:
         try:
             answer = ray.get(reference)
         except RayTaskError as error:
-            if isinstance(error.cause, GangError) and self._meet_again(name):
-                return
-            refused = isinstance(error.cause, UserError)
-            node = getattr(error.cause, "node", "")
-            self._lose(name, "refused" if refused else "start", _cause(error), events, node)
+            process.call, process.poll = (
+                other if other is not reference else None for other in (process.call, process.poll)
+            )
+            self._refused(name, error, events)
             return
         except ActorUnschedulableError as error:
-            self._lose(name, "start", str(error), events)
+            self._lose(name, Loss("start", str(error)), events)
             return
         except ActorUnavailableError as error:
-            self._doubt(name, rank, first_line(error), events)
+            loss = silence.unreachable(handle, rank, first_line(error), time.monotonic())
+            if loss is not None:
+                self._lose(name, loss, events)
+            elif reference is process.call:
+                process.call = None
+            else:
+                self._poll(process)
             return
         except RayError as error:
-            cause = "start" if handle.stage != "ready" else "crash" if nodes.lives(process.node) else "node"
-            self._lose(name, cause, f"{_member(handle, rank)}{first_line(error)}", events)
+            process.node = process.node or nodes.of_actor(error)
+            self._lose(name, silence.died(handle, rank, first_line(error), nodes.lives), events)
             return
         if process.unreachable is not None:
-            self._lose(name, "node", f"{_member(handle, rank)}what it said while it was unreachable is lost", events)
+            said = handle.says(rank, "what it said while it was unreachable is lost")
+            self._lose(name, Loss("node", said), events)
             return
         if reference is process.call:
             self._answered(name, rank, answer, events)
             return
         process.heard = time.monotonic()
-        process.poll = process.actor.poll.options(concurrency_group="control").remote(POLL_SECONDS)
-        if answer is not None:
+        self._poll(process)
+        if isinstance(answer, str):
+            process.node = answer
+        elif answer is not None:
             handle.pulse = answer
             events.extend(answer.events)
             handle.longest_silence = max(handle.longest_silence, answer.silent)
-            if answer.broken and handle.broken_at is None:
-                handle.broken_at = time.monotonic()
+            if answer.broken:
+                silence.breaks(handle, Loss("gang", answer.broken), time.monotonic())
 
-    def _doubt(self, name: str, rank: int, error: str, events: list[Event]) -> None:
-        """A connection broke. Asked again, Ray tells in the end whether the process or its whole machine is gone."""
-        handle, now = self.handles[name], time.monotonic()
-        process = handle.members[rank]
-        process.unreachable = process.unreachable or now
-        if handle.stage != "ready" or now - process.unreachable > UNREACHABLE_SECONDS:
-            self._lose(name, "node" if handle.stage == "ready" else "start", f"{_member(handle, rank)}{error}", events)
-        else:
-            process.poll = process.actor.poll.options(concurrency_group="control").remote(POLL_SECONDS)
-
-    def _notice_silence(self, name: str, events: list[Event]) -> None:
-        """A replica hangs whose process does not answer, or whose engine shows nothing for too long. A gang that broke
-        is given a moment: if one of its members died, that is what is told."""
-        handle, now = self.handles[name], time.monotonic()
-        if handle.broken_at is not None and all(process.unreachable is None for process in handle.members):
-            if handle.pulse is not None and now - handle.broken_at > BROKEN_SECONDS:
-                self._lose(name, "gang", handle.pulse.broken, events)
+    def _refused(self, name: str, error: RayTaskError, events: list[Event]) -> None:
+        """A member could not do what it was told. In a gang that may be because another is gone, which shows soon."""
+        handle = self.handles[name]
+        if isinstance(error.cause, GangError) and self._meet_again(name):
             return
-        ready = handle.stage == "ready"
-        if not ready and self._late(handle, now):
-            place = next((process.node for process in handle.members if process.node), "")
-            self._lose(name, "late", f"it was not ready {self.start_seconds:.0f} s after it started", events, place)
+        cause = "refused" if isinstance(error.cause, UserError) else "start"
+        loss = Loss(cause, _cause(error), getattr(error.cause, "node", ""))
+        if cause == "refused" or len(handle.members) == 1:
+            self._lose(name, loss, events)
             return
-        allowed = self._allowed(handle)
-        unheard = [(now - process.heard, rank) for rank, process in enumerate(handle.members) if process.heard]
-        silent, rank = max(unheard, default=(0.0, 0))
-        if ready and handle.pulse is not None and handle.pulse.silent > silent:
-            silent, rank = handle.pulse.silent, 0
-        if silent > allowed:
-            gone = next((p.node for p in handle.members if ready and not nodes.lives(p.node)), None)
-            cause = "start" if not ready else "hang" if gone is None else "node"
-            self._lose(name, cause, f"{_member(handle, rank)}no sign of life for {allowed:.0f} s", events)
+        silence.breaks(handle, loss, time.monotonic())
 
-    def _late(self, handle: Handle, now: float) -> bool:
-        """Whether a replica has used up its time to become ready, which begins when all its processes run."""
-        if handle.placed_at is None and not _unplaced(handle):
-            handle.placed_at = now
-        return handle.placed_at is not None and now - handle.placed_at > self.start_seconds
+    @staticmethod
+    def _poll(process: Process) -> None:
+        process.poll = process.actor.poll.options(concurrency_group="control").remote(POLL_SECONDS)
 
     def _waits(self, name: str, free: str) -> Pulse:
         """What a replica waits for that has no place yet, in the place of a stage."""
@@ -341,20 +290,9 @@ class RayFleet:
             self._awaited, self._asked_at = f"{free:g} of {there:g} free", now
         return self._awaited
 
-    def _allowed(self, handle: Handle) -> float:
-        """Seconds without a sign of life. A gang that steps is judged by its own steps: one member that stands still
-        holds all of them."""
-        least = max(FEWEST_HANG_SECONDS, HANG_STEPS * handle.longest_silence)
-        if handle.stage != "ready":
-            return least
-        if self.hang_seconds is not None:
-            return self.hang_seconds
-        pace = handle.pulse.pace if handle.pulse is not None and len(handle.members) > 1 else 0.0
-        return max(FEWEST_GANG_HANG_SECONDS, HANG_STEPS * pace) if pace else least
-
-    def _lose(self, name: str, cause: str, error: str, events: list[Event], node: str = "") -> None:
+    def _lose(self, name: str, loss: Loss, events: list[Event]) -> None:
         self._kill(self.handles.pop(name))
-        events.append(ReplicaLost(name, cause, error, node))
+        events.append(ReplicaLost(name, loss.cause, loss.error, loss.node))
 
     @staticmethod
     def _kill(handle: Handle) -> None:
@@ -368,15 +306,6 @@ def _end(handle: Handle) -> None:
     for process in handle.members:
         with contextlib.suppress(RayError):
             ray.kill(process.actor)
-
-
-def _member(handle: Handle, rank: int) -> str:
-    return f"rank {rank}: " if len(handle.members) > 1 else ""
-
-
-def _unplaced(handle: Handle) -> bool:
-    """Whether one of its processes has not shown yet: the cluster has no room for it, or is starting it."""
-    return handle.stage != "ready" and any(process.heard is None for process in handle.members)
 
 
 def _host(node: str) -> str:

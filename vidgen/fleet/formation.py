@@ -32,6 +32,22 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
+class Coming:
+    """What an autoscaler may still bring to the machines there are: GPUs in all, and on the largest machine."""
+
+    gpus: int = 0
+    largest: int = 0
+
+    def machines(self, members: int) -> list[int]:
+        """GPUs of each machine, so many machines at most as that number of members can use."""
+        if not self.gpus:
+            return []
+        most = self.largest or self.gpus
+        whole = [most] * min(self.gpus // most, members)
+        return [*whole, self.gpus - sum(whole)] if len(whole) < members and self.gpus % most else whole
+
+
+@dataclass(frozen=True, slots=True)
 class Band:
     """Items of more than `tokens_above` tokens, up to the next band, and how they are made. `replicas` None: as many as
     their share of the work; `key` is where the configuration says so. `flops` and `items` are the plan's, items None
@@ -126,11 +142,28 @@ def bands_of(
     ]
 
 
-def on_gpus(bands: Sequence[Band], nodes: Sequence[Node], pending: int, threads: int | None = None) -> Formation:
+def on_gpus(
+    bands: Sequence[Band],
+    nodes: Sequence[Node],
+    pending: int,
+    threads: int | None = None,
+    coming: Coming = Coming(),
+) -> Formation:
     """One GPU a member. ConfigError if the cluster has fewer GPUs than the configuration names, or than one replica of
-    each band needs."""
+    each band needs, those that are `coming` counted.
+
+    A number that the configuration does not name is that of the GPUs there are now, one at least: what finds no place
+    waits, and its waiting is what an autoscaler sees."""
     free = [node.gpus for node in nodes]
-    counts, strict, notes = _counts(bands, free, pending, insist=True)
+    wanted = sum(band.layout.size * (band.replicas or 1) for band in bands if band.items != 0)
+    machines = coming.machines(wanted)
+    try:
+        counts, strict, notes = _counts(bands, free, pending, insist=True)
+    except ConfigError:
+        if not machines:
+            raise
+        _, strict, notes = _counts(bands, [*free, *machines], pending, insist=True, coming=len(machines))
+        counts, _, _ = _counts(bands, free, pending, insist=False)
     return Formation(_kinds(bands, counts, strict), 1, 1, threads, _limits(bands), notes)
 
 
@@ -195,10 +228,12 @@ def replica_names(count: int, letter: str = "r") -> list[str]:
 
 
 def _counts(
-    bands: Sequence[Band], free: list[int], pending: int, insist: bool
+    bands: Sequence[Band], free: list[int], pending: int, insist: bool, coming: int = 0
 ) -> tuple[list[int], list[bool], tuple[str, ...]]:
     """(replicas, whether each is to be on one node) of each band, and what a person should know. `free` are the places
-    for members on each node; the largest gangs choose first. `insist`: a number that does not fit is an error."""
+    for members on each node, of which the last `coming` are not there yet; the largest gangs choose first. `insist`: a
+    number that does not fit is an error."""
+    late = sum(free[len(free) - coming :])
     widest = max(free, default=0)
     counts, strict, notes = [0] * len(bands), [True] * len(bands), []
     order = sorted((i for i, band in enumerate(bands) if band.items != 0), key=lambda i: -bands[i].layout.size)
@@ -213,7 +248,7 @@ def _counts(
         enough = min(pending, pending if band.items is None else band.items)
         count = min(band.replicas if band.replicas is not None else _fair(band, later, sum(free), most), enough)
         if count > most and insist:
-            raise ConfigError(_too_many(band, bands, count, room))
+            raise ConfigError(_too_many(band, bands, count, room, late))
         counts[index] = count
         _take(free, degree, count, strict[index])
         if not strict[index]:
@@ -221,7 +256,7 @@ def _counts(
             notes.append(
                 f"{band.key}: a gang of {degree} fits no node ({place}); it is spread, and the network is used"
             )
-    if idle := sum(free) if insist and any(band.layout.size > 1 for band in bands) else 0:
+    if idle := sum(free) if insist and not late and any(band.layout.size > 1 for band in bands) else 0:
         notes.append(
             f"{idle} of the cluster's GPUs stay idle: no replica of this configuration fits them, or needs them"
         )
@@ -261,13 +296,14 @@ def _take(free: list[int], degree: int, count: int, strict: bool) -> None:
             left -= taken
 
 
-def _too_many(band: Band, bands: Sequence[Band], count: int, room: int) -> str:
+def _too_many(band: Band, bands: Sequence[Band], count: int, room: int, late: int) -> str:
     degree = band.layout.size
     if len(bands) == 1 and degree == 1:
-        return f"parallel.replicas: {count}, but the cluster has {room} GPUs; at most one replica a GPU"
+        more = f" and may get {late} more" if late else ""
+        return f"parallel.replicas: {count}, but the cluster has {room - late} GPUs{more}; at most one replica a GPU"
     others = [other for other in bands if other is not band and other.items != 0]
     beside = f", beside {', '.join(f'{o.replicas or 1} of {o.layout.size}' for o in others)}" if others else ""
     return (
         f"{band.key}: {count} {'gang' if count == 1 else 'gangs'} of {degree} GPUs{beside}; the cluster's nodes hold "
-        f"{room} of them"
+        f"{room} of them{', those that may still come too' if late else ''}"
     )

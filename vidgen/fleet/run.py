@@ -141,7 +141,8 @@ def _drive(
 def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, Formation, Watch]:
     config, plan = run.config, run.plans[-1]
     found, memory = nodes.cluster_nodes()
-    cpus, gpus = int(sum(node.cpus for node in found)), sum(node.gpus for node in found)
+    coming = nodes.coming(found)
+    cpus, gpus = int(sum(node.cpus for node in found)), sum(node.gpus for node in found) + coming.gpus
     needs_weights = family.spec(plan.family).CHECKPOINT
     problem = device_problem(plan.estimate, config.engine.device, gpus, cpus) if needs_weights else None
     if problem:
@@ -153,11 +154,11 @@ def _replicas(run: Run, pending: int, lease: epochs.Lease) -> tuple[Settings, Fo
     placement = placing.settled(run.plans, config, members)
     parallel, heads = (parallel, 1) if placement is None else (placement.parallel, placement.heads)
     estimates = [p.estimate for p in run.plans]
-    per_node = max((node.gpus for node in found), default=0) if device == "cuda" else None
+    per_node = max((coming.largest, *(node.gpus for node in found))) if device == "cuda" else None
     bands = formation.bands_of(parallel, heads, estimates, per_node or None)
     threads = None if config.engine.threads == "auto" else int(config.engine.threads)
     if device == "cuda":
-        replicas = formation.on_gpus(bands, found, pending, threads)
+        replicas = formation.on_gpus(bands, found, pending, threads, coming)
     else:
         each = CPU_REPLICA_BYTES + 2 * int(plan.estimate["weight_bytes"])
         replicas = formation.on_cpus(bands, found, pending, memory // each, threads)
