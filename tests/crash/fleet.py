@@ -14,7 +14,7 @@ from typing import Any
 
 from vidgen.errors import UserError
 from vidgen.fleet import events as ev
-from vidgen.fleet.formation import Formation, Node
+from vidgen.fleet.formation import Coming, Formation, Node
 from vidgen.fleet.gang import Entry
 from vidgen.fleet.metrics import NoSink
 from vidgen.fleet.replica import Pulse, Settings, Worker
@@ -43,6 +43,10 @@ def present() -> list[Node]:
 
 
 present_and_to_come = present
+
+
+def coming(here: Sequence[Node]) -> Coming:
+    return Coming()
 
 
 def draining() -> dict[str, float | None]:
