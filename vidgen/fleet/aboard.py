@@ -38,7 +38,10 @@ class Replica:
 
     def waiting(self) -> int:
         """Batches whose frames are not made yet."""
-        return sum(not batch.generated for batch in self.batches.values())
+        count = 0
+        for batch in self.batches.values():  # asked of every replica at every event
+            count += not batch.generated
+        return count
 
     def unmade(self) -> list[Batch]:
         """Those batches; the first is in the making."""

@@ -76,6 +76,9 @@ class Dispatcher:
         """Item id -> node, of everything a replica has."""
         return {task.item_id: replica.node for replica in self.replicas.values() for task in replica.aboard()}
 
+    def _flying(self) -> bool:
+        return any(batch.tasks for replica in self.replicas.values() for batch in replica.batches.values())
+
     def _aboard(self, node: str) -> list[Task]:
         return [task for replica in self.replicas.values() if replica.node == node for task in replica.aboard()]
 
@@ -322,7 +325,7 @@ class Dispatcher:
                 if room := self.order.room(number):
                     band.asked = True
                     actions.append(Refill(room, number))
-        idle = not self.in_flight() and not self.looking
+        idle = not self.looking and not self._flying()
         everything = self.order.exhausted() and not self.order.pending()
         if idle and self.stopping is not None and not (everything and not self.judge.withheld):
             self.finished = Finish(self.stopping.code, self.stopping.reason)
@@ -334,17 +337,22 @@ class Dispatcher:
         if self.judge.withheld:
             self._queue(self.judge.end(actions))
             self._assign(actions)
-        if not self.in_flight() and not self.order.pending():
+        if not self._flying() and not self.order.pending():
             self.finished = Finish(None, "every item is terminal")
             actions.append(self.finished)
 
     def _assign(self, actions: list[Action]) -> None:
+        if not any(band.waiting for band in self.order.bands):
+            return
         ready = self._usable()
+        with_room = [replica for replica in ready if replica.waiting() <= self.rules.prefetch]
+        if not with_room:
+            return  # as it mostly is: of thousands of replicas one has ended something
         count = Counter(replica.band for replica in ready)
         nodes = {band: {replica.node for replica in ready if replica.band == band} for band in count}
         share = {band: tail.share(self.order.bands[band].flops, self._makers(band)) for band in count}
         for depth in range(1 + self.rules.prefetch):
-            for replica in sorted(ready, key=lambda replica: (replica.waiting(), replica.load())):
+            for replica in sorted(with_room, key=lambda replica: (replica.waiting(), replica.load())):
                 unfit = barred(replica, nodes[replica.band])
                 first = self.order.first(replica.band, unfit) if depth and replica.waiting() == depth else None
                 if not replica.waiting() or tail.is_fair(replica, first, share[replica.band]):
