@@ -68,6 +68,19 @@ def test_a_resume_whose_gangs_cannot_be_is_refused_before_a_cluster_is_asked(tmp
         assert prepare(source, ["parallel.replicas=2"], print).items == 2
 
 
+def test_an_estimate_that_nobody_lived_to_write_is_written_by_the_next_start(tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    dataset = write_prompts(tmp_path / "p.parquet", 2)
+    config.write_text(
+        f"model: {{family: testcard}}\ndataset: {{path: {dataset}}}\noutput: {{path: {tmp_path / 'out'}}}\n"
+    )
+    prepare(str(config), [], print)
+    written = (tmp_path / "out/estimate.json").read_bytes()
+    (tmp_path / "out/estimate.json").unlink()
+    prepare(str(config), [], print)
+    assert (tmp_path / "out/estimate.json").read_bytes() == written
+
+
 def test_a_run_is_resumed_from_its_output_alone_even_where_it_was_moved(tmp_path: Path) -> None:
     dataset, output = write_prompts(tmp_path / "p.parquet", 2), tmp_path / "out"
     config = tmp_path / "job.yaml"

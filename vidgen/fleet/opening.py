@@ -12,7 +12,7 @@ from vidgen import faults
 from vidgen.config import JobConfig
 from vidgen.errors import ConfigError
 from vidgen.plan import build as planning
-from vidgen.plan import placing
+from vidgen.plan import forecast, placing
 from vidgen.plan.files import check_resume, read_plan, total_items
 from vidgen.store.objects import Objects, new_token
 from vidgen.types import Plan
@@ -65,6 +65,8 @@ def prepare(source: str, overrides: Sequence[str], say: Callable[[str], None]) -
     if plans:
         check_resume(plans, config)
         placing.check(plans, config)
+        if not forecast.read(objects):  # who froze the plan died before it wrote what that will cost
+            forecast.write(objects, plans, config)
         changed = planning.changed_dataset(plans, config)
         if changed:
             say(f"note: {changed}")
