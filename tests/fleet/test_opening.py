@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -75,10 +76,11 @@ def test_an_estimate_that_nobody_lived_to_write_is_written_by_the_next_start(tmp
         f"model: {{family: testcard}}\ndataset: {{path: {dataset}}}\noutput: {{path: {tmp_path / 'out'}}}\n"
     )
     prepare(str(config), [], print)
-    written = (tmp_path / "out/estimate.json").read_bytes()
-    (tmp_path / "out/estimate.json").unlink()
+    place = tmp_path / "out/estimate.json"
+    written = json.loads(place.read_text())
+    place.unlink()
     prepare(str(config), [], print)
-    assert (tmp_path / "out/estimate.json").read_bytes() == written
+    assert json.loads(place.read_text())["shapes"] == written["shapes"]
 
 
 def test_a_run_is_resumed_from_its_output_alone_even_where_it_was_moved(tmp_path: Path) -> None:
