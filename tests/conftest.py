@@ -9,7 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-REAL_PROCESSES = ("_ray.py", "test_ray.py", "test_running.py", "test_gang_generate.py")
+REAL_PROCESSES = ("_ray.py", "test_ray.py", "test_running.py", "test_gang_generate.py", "test_benchmark.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -529,7 +529,9 @@ def _failure(what: str, status: int, log: str) -> GenerationError:
     errors = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
     lines = [re.sub(r" @ 0x[0-9a-f]+|\[(error|fatal)\] ", "", line).strip() for line in errors or log.splitlines()]
     # What came first is the cause; what follows comes from several threads, in an order of its own each time.
-    full = next((os.strerror(number) for number in _DISK if status == 256 - number), "")  # where no log could be
+    # A full disk may hold no log either; of a file that is cut, EIO is what ffmpeg ends with, too, after a word on it.
+    disk = [number for number in _DISK if number != errno.EIO or not lines]
+    full = next((os.strerror(number) for number in disk if status == 256 - number), "")
     message = f"{what} (exit status {status}): {lines[0] if lines else full or 'no message'}"
     if full or os.strerror(errno.ENOSPC) in log or status in (-signal.SIGKILL, -signal.SIGTERM):
         return InfrastructureError(message)

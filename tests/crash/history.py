@@ -76,7 +76,9 @@ class Life:
         self.number: int = request["life"]
         born = self._hear()
         self.pid: int = born["pid"]
-        self.family = psutil.Process(born["family"])
+        self.family: psutil.Process | None = None
+        with suppress(psutil.NoSuchProcess):  # it may be over already
+            self.family = psutil.Process(born["family"])
         self.code: int | None = None
 
     def wait(self) -> int:
@@ -96,12 +98,13 @@ class Life:
 
     def still(self) -> list[int]:
         """Its processes that stand still: the command's, or a replica's."""
-        return [child.pid for child in self.family.children() if child.status() == psutil.STATUS_STOPPED]
+        children = self.family.children() if self.family is not None else []
+        return [child.pid for child in children if child.status() == psutil.STATUS_STOPPED]
 
     def end(self) -> None:
         """Whatever has happened, nothing of it stays."""
         with suppress(psutil.NoSuchProcess):
-            for child in self.family.children():
+            for child in self.family.children() if self.family is not None else []:
                 child.kill()
 
     def _hear(self) -> dict[str, Any]:

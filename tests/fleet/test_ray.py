@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +79,7 @@ def replica_processes(driver: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_ten_kills_at_random_moments_lose_nothing_and_repeat_little(tmp_path: Path) -> None:
     """Half of the moments are counted from the start of the command (planning, cluster and replicas coming up), half
     from its first commit, so that a slow machine is not only killed while it starts."""
@@ -176,7 +178,7 @@ def test_an_output_that_replicas_cannot_see_is_refused_with_the_reason(tmp_path:
 
 
 @pytest.fixture
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def head() -> Iterator[dict[str, str]]:
     """A Ray head of its own ports; yields the environment to talk to it. Another one if Ray gives up, as on a machine
     where other clusters of other tests take ports at the same moment."""
     for _ in range(4):
@@ -184,7 +186,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
         environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
         environment.pop("RAY_ADDRESS", None)
-        folder = tmp_path_factory.mktemp("ray")
+        folder = Path(tempfile.mkdtemp(prefix="ray"))  # a short name: Ray's sockets lie below it
         command = [
             sys.executable,
             "-m",
@@ -211,6 +213,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _free_port() -> int:
@@ -236,6 +239,7 @@ def submit(folder: Path, environment: dict[str, str], *overrides: str) -> subpro
     return done
 
 
+@pytest.mark.slow
 def test_ray_job_submit_runs_the_main_job_from_its_working_directory(tmp_path: Path, head: dict[str, str]) -> None:
     """As `--working-dir .` in a checkout does it: what runs is the copy, whether vidgen is installed there or not."""
     folder, output = tmp_path / "project", tmp_path / "out"

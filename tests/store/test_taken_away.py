@@ -153,6 +153,10 @@ def test_a_replica_that_starts_after_the_checkpoint_was_replaced_never_becomes_r
                 self.workers.pop(name)
                 self.waiting.append(inline.ev.ReplicaLost(name, "refused", str(error)))
 
+        def send(self, name: str, *what: Any) -> None:
+            if name in self.workers:  # else it goes the way of its replica
+                super().send(name, *what)
+
         def poll(self, timeout: float) -> list[inline.ev.Event]:
             events = super().poll(timeout)
             if not self.lost and any(isinstance(event, inline.ev.ItemDone) for event in events):
