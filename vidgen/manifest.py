@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidgen import faults
+from vidgen.errors import PlanError
 from vidgen.plan.files import part_table, rejected_table, total_rejected
 from vidgen.store import commits, ledger
 from vidgen.store.objects import Objects
@@ -127,6 +128,19 @@ def read(objects: Objects) -> Iterator[pa.Table]:
     """The tables of a finished manifest, in order; FileNotFoundError if `_SUCCESS.json` is not there."""
     for name in json.loads(objects.read(SUCCESS))["parts"]:
         yield pq.read_table(io.BytesIO(objects.read(name)))
+
+
+def read_parts(objects: Objects, parts: Mapping[str, str], otherwise: str) -> Iterator[pa.Table]:
+    """The tables of parts, given as name -> sha256. PlanError, which says `otherwise`, for one that is gone or whose
+    bytes are others."""
+    for name, digest in parts.items():
+        try:
+            data = objects.read(name)
+        except FileNotFoundError:
+            data = b""
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise PlanError(f"{objects.url}: {name} is not {otherwise}")
+        yield pq.read_table(io.BytesIO(data))
 
 
 def _names(plans: Sequence[Plan]) -> Iterator[tuple[str, tuple[Plan, Part, bool]]]:

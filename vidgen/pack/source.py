@@ -5,14 +5,11 @@ Refuses to know what they are packed into.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vidgen import manifest
 from vidgen.errors import PlanError, UserError
@@ -57,7 +54,10 @@ def of_run(output: str, *, partial: bool = False) -> Source:
         state = states.load(objects, total_items(plans))
         tables: Callable[[], Iterator[pa.Table]] = lambda: manifest.rows(objects, plans, state)  # noqa: E731
     else:
-        tables = lambda: _parts(objects, parts)  # noqa: E731
+        otherwise = (
+            f"what _SUCCESS.json names (sha256 differs); `vidgen generate {objects.url}` writes the manifest again"
+        )
+        tables = lambda: manifest.read_parts(objects, parts, otherwise)  # noqa: E731
     return Source(
         objects,
         tables,
@@ -82,20 +82,6 @@ def _finished(objects: Objects, plans: Sequence[Plan]) -> dict[str, str] | None:
         return None
     same = plan == plans[-1].k and generation == max(commits.list_generations(objects), default=0)
     return parts if same else None
-
-
-def _parts(objects: Objects, parts: dict[str, str]) -> Iterator[pa.Table]:
-    for name, digest in parts.items():
-        try:
-            data = objects.read(name)
-        except FileNotFoundError:
-            data = b""
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise PlanError(
-                f"{objects.url}: {name} is not what _SUCCESS.json names (sha256 differs); "
-                f"`vidgen generate {objects.url}` writes the manifest again"
-            )
-        yield pq.read_table(io.BytesIO(data))
 
 
 # ---------------------------------------------------------------- one schema

@@ -5,16 +5,14 @@ Refuses to know what they are packed into.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from vidgen import manifest
 from vidgen.errors import PlanError
 from vidgen.pack.source import Source, checkpoint_of, unified
 from vidgen.scheduled import view
@@ -49,14 +47,7 @@ def of_schedule(output: str, *, partial: bool = False) -> Source | None:
 
 
 def _tables(root: Objects, parts: Mapping[str, str]) -> Iterator[pa.Table]:
-    for name, digest in parts.items():
-        try:
-            data = root.read(name)
-        except FileNotFoundError:
-            data = b""
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise PlanError(f"{root.url}: {name} is not what {view.VIEW} names; the next tick writes the view again")
-        table = pq.read_table(io.BytesIO(data))
+    for table in manifest.read_parts(root, parts, f"what {view.VIEW} names; the next tick writes the view again"):
         over = table.column("superseded_by").is_valid()
         status = pc.if_else(over, SUPERSEDED, table.column("status"))
         yield table.set_column(table.schema.get_field_index("status"), "status", status)

@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vidgen import faults, manifest
-from vidgen.errors import PlanError
 from vidgen.plan.files import total_rejected
 from vidgen.scheduled.runs import READERS, ScheduledRun, read_runs
 from vidgen.scheduled.seen import Keys, find, sample_keys
@@ -144,14 +143,8 @@ def _parts(
 def _tables(run: ScheduledRun, standing: Standing) -> Iterator[pa.Table]:
     """The manifest of a run, finished or not."""
     if standing.parts is not None:
-        for name, digest in standing.parts.items():
-            data = run.objects.read(name)
-            if hashlib.sha256(data).hexdigest() != digest:
-                where = f"{run.objects.url}/{name}"
-                raise PlanError(
-                    f"{where}: not what its _SUCCESS.json names; `vidgen generate {run.objects.url}` writes it again"
-                )
-            yield pq.read_table(io.BytesIO(data))
+        otherwise = f"what its _SUCCESS.json names; `vidgen generate {run.objects.url}` writes it again"
+        yield from manifest.read_parts(run.objects, standing.parts, otherwise)
     else:
         assert standing.state is not None, "an unfinished run has a state"
         yield from manifest.rows(run.objects, [run.plan], standing.state)
