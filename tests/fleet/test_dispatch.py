@@ -370,6 +370,34 @@ def test_a_replica_that_keeps_failing_to_start_is_started_ever_more_slowly() -> 
     assert started == [0, 2, 4, 8, 16, 32, 60, 60]
 
 
+def test_nodes_that_go_while_replicas_load_are_replaced_ever_more_slowly_and_end_a_run_that_has_nothing_else() -> None:
+    dispatcher = Dispatcher(Rules(), [f"r{i}" for i in range(8)])
+    lost = 0
+    while dispatcher.finished is None:
+        name, now = f"r{lost % 8}", 100.0 * lost
+        actions = dispatcher.handle(ev.ReplicaLost(name, "node", "rank 0: its node died"), now)
+        assert (ev.Replace(name) in actions) == (lost < 8), "at once the first time, after a while then"
+        lost += 1
+        assert dispatcher.finished or ev.Replace(name) in actions + dispatcher.handle(ev.Tick(), now + 2.0)
+    assert lost == 16
+    reason = "no replica became ready: 16 nodes went while it loaded there; the last: rank 0: its node died"
+    assert dispatcher.finished == ev.Finish(4, reason)
+
+
+def test_nodes_that_go_while_replicas_load_end_no_run_that_has_a_replica_or_had_one_since() -> None:
+    dispatcher = Dispatcher(Rules(), ["r0", "r1"])
+    dispatcher.handle(ev.ReplicaReady("r1", "n1"), 0.0)
+    for _ in range(30):
+        dispatcher.handle(ev.ReplicaLost("r0", "node", "gone"), 0.0)
+    assert dispatcher.finished is None
+    dispatcher.handle(ev.ReplicaReady("r0", "n0"), 0.0)
+    for name in ("r0", "r1"):
+        assert ev.Replace(name) in dispatcher.handle(ev.ReplicaLost(name, "node", "gone"), 0.0), "both were ready"
+    for _ in range(9):
+        dispatcher.handle(ev.ReplicaLost("r0", "node", "gone"), 0.0)
+    assert dispatcher.finished is None
+
+
 def test_replicas_that_were_ready_once_and_come_up_no_more_end_the_run() -> None:
     dispatcher = one_replica()
     dispatcher.handle(ev.ReplicaLost("r0", "crash", "killed"), 0.0)

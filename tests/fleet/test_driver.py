@@ -224,7 +224,7 @@ def test_a_lone_suspect_of_another_death_gets_one_count(tmp_path: Path) -> None:
     plan = build(config, objects).plan
     suspect = next(read_items(objects, plan, plan.parts[0])).item_id
     dead = epochs.acquire(objects, lease=60)
-    dead.beat(in_flight=[suspect], lone_suspect=True)
+    dead.beat(in_flight=[suspect], lone_suspect=0)
     holder = json.loads(objects.read("epochs/0.json"))
     objects.put("epochs/0.json", json.dumps({**holder, "start_time": "1"}).encode())
     outcome, _ = drive(config, rules=Rules(max_attempts=1))

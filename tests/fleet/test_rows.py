@@ -23,7 +23,7 @@ from vidgen.fleet.progress import Progress
 from vidgen.fleet.replica import Pulse
 from vidgen.models.testcard import backend
 from vidgen.plan.build import build
-from vidgen.plan.files import read_plan
+from vidgen.plan.files import read_items, read_plan
 from vidgen.report.status import read as status
 from vidgen.store import commits, epochs, state
 from vidgen.store.objects import Objects
@@ -31,19 +31,23 @@ from vidgen.types import Hooks, Record, Request, Video
 
 
 class Instant:
-    """A fleet that takes no time: every item fails alike, or is committed at once."""
+    """A fleet that takes no time: every item fails alike, or is committed at once, or kills its replica. `host`: on
+    which machine all replicas are."""
 
-    def __init__(self, objects: Objects, broken: bool) -> None:
-        self.objects, self.broken = objects, broken
+    def __init__(self, objects: Objects, broken: bool, killer: str = "", host: str = "") -> None:
+        self.objects, self.broken, self.killer, self.host = objects, broken, killer, host
         self.events: list[ev.Event] = []
         self.ran = 0
 
     def start(self, name: str, avoid: Sequence[str] = ()) -> None:
-        self.events.append(ev.ReplicaReady(name, f"node{name[1:]}"))
+        self.events.append(ev.ReplicaReady(name, f"node{name[1:]}", self.host))
 
     def send(self, name: str, batch: int, works: tuple[ev.Work, ...]) -> None:
         for work in works:
             self.ran += 1
+            if work.item.item_id == self.killer:
+                self.events.append(ev.ReplicaLost(name, "crash", "killed"))
+                return
             if self.broken:
                 error = "the checkpoint gives NaN"
                 self.events.append(ev.ItemFailed(name, work.item.item_id, "item", error, error))
@@ -70,15 +74,15 @@ class Instant:
         pass
 
 
-def run(config: Any, broken: bool) -> tuple[Outcome, Instant]:
+def run(config: Any, broken: bool, killer: str = "", host: str = "", replicas: int = 8) -> tuple[Outcome, Instant]:
     objects = Objects(config.output.path)
     build(config, objects)
     plans = read_plan(objects)
     lease = epochs.acquire(objects, lease=60)
     held = state.load(objects, sum(part.items for plan in plans for part in plan.parts), compact=True)
-    fleet = Instant(objects, broken)
+    fleet = Instant(objects, broken, killer, host)
     driver = Driver("test", objects, plans, held, lease, fleet, Progress(objects, quiet=True))
-    return driver.run(Rules(), [f"r{index}" for index in range(8)], Limits()), fleet
+    return driver.run(Rules(), [f"r{index}" for index in range(replicas)], Limits()), fleet
 
 
 def test_a_bad_configuration_burns_nothing_of_ten_thousand_rows_and_once_mended_all_are_made(tmp_path: Path) -> None:
@@ -95,6 +99,24 @@ def test_a_bad_configuration_burns_nothing_of_ten_thousand_rows_and_once_mended_
     assert (outcome.code, outcome.counts["done"], fleet.ran) == (0, 10_000, 10_000)
     done = [pc.sum(pc.equal(table.column("status"), "done")).as_py() for table in manifest.read(objects)]
     assert sum(done) == 10_000
+
+
+@pytest.mark.parametrize(("host", "status", "runs"), [("beta", "quarantined", 1), ("alpha", "failed", 5)])
+def test_a_row_that_killed_a_replica_under_an_earlier_driver_is_quarantined_by_the_first_other_machine(
+    host: str, status: str, runs: int, tmp_path: Path
+) -> None:
+    config = config_for(write_prompts(tmp_path / "p.parquet", 3), str(tmp_path / "out"))
+    objects = Objects(config.output.path)
+    plan = build(config, objects).plan
+    killer = next(read_items(objects, plan, plan.parts[0])).item_id
+    for count, node in ((0.5, "alpha"), (0.0, "gamma")):
+        attempt = commits.Attempt(killer, 0, "replica", count, f"t{count:g}")
+        commits.record_attempt(objects, attempt, {"error": "killed", "node": node})
+    outcome, fleet = run(config, broken=False, killer=killer, host=host, replicas=1)
+    assert outcome.code == 3 and outcome.counts["done"] == 2 and outcome.counts[status] == 1
+    assert fleet.ran == 2 + runs + 1, "once in the company of the row that was prefetched behind it"
+    record = commits.read_commit(objects, 0, killer)
+    assert record is not None and (record.node, record.error_class) == (host, "replica")
 
 
 class Tight(Entry):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from vidgen.store import commits, gc, ledger
@@ -75,5 +77,13 @@ def test_gc_takes_orphans_and_never_what_a_commit_names_or_a_young_pending_objec
     swept = gc.collect(objects, older_than=0)
     assert swept.removed == 1
     assert objects.exists(ours) and objects.exists(pending) and not objects.exists(orphan)
-    later = gc.collect(objects, older_than=0, now=lambda: __import__("time").time() + 3 * 3600)
+    later = gc.collect(objects, older_than=0, now=lambda: time.time() + 3 * 3600)
     assert later.removed == 1 and not objects.exists(pending) and objects.exists(ours)
+
+
+def test_gc_takes_what_a_start_that_was_killed_asked_of_the_store_once_it_is_old(objects: Objects) -> None:
+    for path in ("epochs/.probe-a", "epochs/.clock-b", "epochs/0.json", "epochs/0.beat"):
+        objects.put(path, b"x")
+    assert gc.collect(objects, older_than=0).temporaries == 0, "somebody may just be asking"
+    assert gc.collect(objects, older_than=0, now=lambda: time.time() + 3 * 3600).temporaries == 2
+    assert sorted(entry.path for entry in objects.list("epochs")) == ["epochs/0.beat", "epochs/0.json"]

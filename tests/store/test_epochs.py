@@ -148,10 +148,10 @@ def test_stop_reaches_the_running_driver_and_nobody_else(objects: Objects) -> No
 
 
 def test_who_holds_the_lease_without_driving_passes_on_what_was_in_flight_at_a_death(objects: Objects) -> None:
-    acquire(objects).beat(in_flight=["a", "b"], gpu_seconds=9.0)
+    acquire(objects).beat(in_flight=["a"], lone_suspect=0, gpu_seconds=9.0)
     pretend(objects, pid=os.getpid(), start_time="1")
     repairing = acquire(objects)
     repairing.release(**repairing.inherited())
     driving = acquire(objects)
     assert not driving.unclean
-    assert driving.inherited() == {"gpu_seconds": 9.0, "in_flight": ["a", "b"]}
+    assert driving.inherited() == {"gpu_seconds": 9.0, "in_flight": ["a"], "lone_suspect": 0}

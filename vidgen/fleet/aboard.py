@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from vidgen.fleet.events import Task
+from vidgen.fleet.events import Machine, Task
 from vidgen.fleet.order import Barred
 
 
@@ -29,8 +29,13 @@ class Replica:
     name: str
     band: int = 0
     node: str = ""
+    host: str = ""
     ready: bool = False
     batches: dict[int, Batch] = field(default_factory=dict)
+
+    @property
+    def machine(self) -> Machine:
+        return self.node, self.host
 
     @property
     def busy(self) -> bool:
@@ -84,9 +89,9 @@ class Replica:
         return sum(batch.flops for batch in self.batches.values() if not batch.generated)
 
 
-def barred(replica: Replica, nodes: set[str]) -> Barred:
-    """Which items a replica may not have: those that killed one on its node, while another node has not had them."""
-    return lambda task: replica.node in task.killed_on and not nodes <= task.killed_on
+def barred(replica: Replica, machines: set[Machine]) -> Barred:
+    """Which items a replica may not have: those that killed one on its machine, while another has not had them."""
+    return lambda task: task.killed(replica.machine) and not all(map(task.killed, machines))
 
 
 def flies_alone(replica: Replica) -> bool:

@@ -26,6 +26,7 @@ from vidgen.fleet.events import (
     ItemFailed,
     Look,
     Looked,
+    Machine,
     NodeDraining,
     Offered,
     Recall,
@@ -60,7 +61,7 @@ class Dispatcher:
         self.draining, self.elastic = Draining(), Elastic(rules.idle_seconds)
         self.starts = Starts(len(self.order.bands))
         self._served = {replica.band for replica in self.replicas.values()}
-        self.looking: dict[str, tuple[Task, ReplicaLost, bool, str]] = {}
+        self.looking: dict[str, tuple[Task, ReplicaLost, bool, Machine]] = {}
         self.stopping: StopAsked | None = None
         self.finished: Finish | None = None
         self._number = 0
@@ -96,8 +97,8 @@ class Dispatcher:
                     self._admit(task, actions)
             case ReplicaReady():
                 replica = self.replicas.setdefault(event.replica, self._replica(event.replica))
-                replica.ready, replica.node = True, event.node
-                self._hosts[event.node] = event.host or event.node
+                replica.ready, replica.node, replica.host = True, event.node, event.host or event.node
+                self._hosts[event.node] = replica.host
                 self.starts.ready(replica.band)
             case ReplicaLost():
                 self._lost(event, now, actions)
@@ -196,33 +197,33 @@ class Dispatcher:
         for task in aboard:
             # Who killed a replica with several items aboard cannot be told: each flies alone from now on.
             task.alone = task.alone or event.cause in ("crash", "hang")
-            self.looking[task.item_id] = (task, event, guilty, replica.node)
+            self.looking[task.item_id] = (task, event, guilty, replica.machine)
             actions.append(Look(task.item_id, task.generation))
         if event.cause in ("start", "late"):
             self._trouble(event.node, {replica.band}, now, actions)
-        elif event.cause != "node" and not any(task.killed_on - {replica.node} for task in aboard):
+        elif event.cause != "node" and not any(task.killed_on - {*replica.machine} for task in aboard):
             self._trouble(replica.node, {replica.band}, now, actions)
         if self._is_replaced(replica.band):
             self.replicas[event.replica] = self._replica(event.replica)
-            self._restart(event, replica.band, now, actions)
+            self._restart(event, replica, now, actions)
 
-    def _restart(self, event: ReplicaLost, band: int, now: float, actions: list[Action]) -> None:
+    def _restart(self, event: ReplicaLost, lost: Replica, now: float, actions: list[Action]) -> None:
         """A replacement, at once or after a while; or the end of the run, if none of the band comes up."""
-        if event.cause not in ("start", "late"):
+        failed = event.cause in ("start", "late") or (event.cause == "node" and not lost.ready)
+        if not failed:
             actions.append(Replace(event.replica, self._avoided()))
-            return
-        if (end := self.starts.failed(event, band, self._makers(band), now)) is not None:
+        elif (end := self.starts.failed(event, lost.band, self._makers(lost.band), now)) is not None:
             self.finished = end
             actions.append(end)
 
     def _looked(self, event: Looked, now: float, actions: list[Action]) -> None:
-        task, lost, blamed, node = self.looking.pop(event.item_id)
+        task, lost, blamed, machine = self.looking.pop(event.item_id)
         if event.record is not None:
             self._queue(self.judge.success(actions))
         elif blamed:
-            task.killed_on.add(node)
+            task.blame(machine)
             error = f"the replica was lost ({lost.cause}): {lost.error}"
-            held = Withheld(task, "replica", error, self._host(node), CRASH_COUNT)
+            held = Withheld(task, "replica", error, machine[1], CRASH_COUNT)
             self._queue(self.judge.failed(held, lost.cause, actions))
         else:
             self.order.add(task)
@@ -349,11 +350,11 @@ class Dispatcher:
         if not with_room:
             return  # as it mostly is: of thousands of replicas one has ended something
         count = Counter(replica.band for replica in ready)
-        nodes = {band: {replica.node for replica in ready if replica.band == band} for band in count}
+        machines = {band: {replica.machine for replica in ready if replica.band == band} for band in count}
         share = {band: tail.share(self.order.bands[band].flops, self._makers(band)) for band in count}
         for depth in range(1 + self.rules.prefetch):
             for replica in sorted(with_room, key=lambda replica: (replica.waiting(), replica.load())):
-                unfit = barred(replica, nodes[replica.band])
+                unfit = barred(replica, machines[replica.band])
                 first = self.order.first(replica.band, unfit) if depth and replica.waiting() == depth else None
                 if not replica.waiting() or tail.is_fair(replica, first, share[replica.band]):
                     batch = self._next_batch(replica, count[replica.band], unfit)

@@ -30,7 +30,7 @@ from vidgen.store import commits, ledger
 from vidgen.store.epochs import BEAT_SECONDS, Lease
 from vidgen.store.objects import Objects, new_token
 from vidgen.store.state import NAMES, State
-from vidgen.types import Plan, Record
+from vidgen.types import Item, Plan, Record
 
 LEDGER_RECORDS = 5_000
 """Commits gathered before they become a ledger part."""
@@ -99,7 +99,8 @@ class Driver:
         self.token = new_token()
         self.records: list[Record] = []
         self.suspects: set[str] = set()
-        self.counts: dict[str, float] = {}
+        self.attempts: dict[str, list[commits.Attempt]] = {}
+        """Those that count, of earlier drivers, by item."""
         self.tasks: list[Iterator[ev.Task]] = []
         self.saves = Saves(objects, lease.check)
         self.notes: dict[str, str] = {}
@@ -238,32 +239,40 @@ class Driver:
         flight as a suspect at another death gets a count (its token is the epoch's, so it counts once)."""
         attempts = list(commits.read_attempts(self.objects))
         self.saves.load(self.state.generation_of, attempts)
-        for attempt in attempts:
-            if attempt.generation == self.state.generation_of(attempt.item_id):
-                self.counts[attempt.item_id] = self.counts.get(attempt.item_id, 0.0) + attempt.count
         before = self.lease.before
         self.suspects = set(before.get("in_flight", ()))
-        if self.lease.unclean and before.get("lone_suspect") and len(self.suspects) == 1:
+        if before.get("lone_suspect") is not None and len(self.suspects) == 1:
             (item_id,) = self.suspects
-            token = f"epoch{self.lease.epoch - 1}"
+            token = f"epoch{before['lone_suspect']}"
             attempt = commits.Attempt(item_id, self.state.generation_of(item_id), "replica", 1.0, token)
-            self.lease.check()
-            commits.record_attempt(self.objects, attempt, {"error": "the driver died while it was alone in flight"})
-            self.counts[item_id] = self.counts.get(item_id, 0.0) + 1.0
+            if attempt not in attempts:
+                self.lease.check()
+                commits.record_attempt(self.objects, attempt, {"error": "the driver died while it was alone in flight"})
+                attempts.append(attempt)
+        for attempt in attempts:
+            if attempt.count and attempt.generation == self.state.generation_of(attempt.item_id):
+                self.attempts.setdefault(attempt.item_id, []).append(attempt)
 
     def _pending(self, supply: Supply, band: int) -> Iterator[ev.Task]:
         """Pending items of a band in the run's order, suspects at the very end."""
         last: list[ev.Task] = []
         for item, place in supply.read(band):
-            task = ev.Task(
-                item, self.state.generation_of(item.item_id), self.counts.get(item.item_id, 0.0), place=place
-            )
+            task = self._task(item, place)
             if item.item_id in self.suspects:
                 task.suspect = True
                 last.append(task)
             else:
                 yield task
         yield from last
+
+    def _task(self, item: Item, place: int) -> ev.Task:
+        """An item, with what its attempts under earlier drivers count."""
+        task = ev.Task(item, self.state.generation_of(item.item_id), place=place)
+        for attempt in self.attempts.get(item.item_id, ()):
+            task.count += attempt.count
+            if attempt.error_class == "replica" and (host := commits.read_evidence(self.objects, attempt).get("node")):
+                task.killed_on.add(host)
+        return task
 
     # ---------------------------------------------------------------- beats, limits, display
 
@@ -314,7 +323,7 @@ class Driver:
     def _beat(self) -> None:
         in_flight = self.dispatcher.in_flight()
         here = [item_id for item_id, node in in_flight.items() if node == self.dispatcher.rules.own_node]
-        lone = len(here) == 1 and here[0] in self.suspects
+        lone = self.lease.epoch if len(here) == 1 and here[0] in self.suspects else None
         self.lease.beat(in_flight=here, lone_suspect=lone, gpu_seconds=self.gpu_seconds(), counts=self.state.counts())
 
     def gpu_seconds(self) -> float:

@@ -8,14 +8,17 @@ from vidgen.types import Item, Record
 
 # ---------------------------------------------------------------- work
 
+Machine = tuple[str, str]
+"""The cluster's id of a node, which a new cluster gives anew, and the host's name, by which people know it."""
+
 
 @dataclass(slots=True)
 class Task:
     """An item on its way to a terminal state. `count` is what its failed attempts weigh, `attempt` how often it was
-    started, `suspect` that it was in flight when a driver died, `alone` that it must not share a batch, `killed_on` the
-    nodes on which it killed a replica. `place` is where the run's order has it; items of one place are told apart by
-    their length. `rungs` are those of the memory ladder it has climbed, `band` whose replicas it goes to where that is
-    not the band of its size."""
+    started, `suspect` that it was in flight when a driver died, `alone` that it must not share a batch, `killed_on`
+    the machines on which it killed a replica: nodes of this cluster, and hosts of which an earlier driver said so.
+    `place` is where the run's order has it; items of one place are told apart by their length. `rungs` are those of
+    the memory ladder it has climbed, `band` whose replicas it goes to where that is not the band of its size."""
 
     item: Item
     generation: int = 0
@@ -32,6 +35,15 @@ class Task:
     @property
     def item_id(self) -> str:
         return self.item.item_id
+
+    def killed(self, machine: Machine) -> bool:
+        """Whether it killed a replica there."""
+        return not self.killed_on.isdisjoint(machine)
+
+    def blame(self, machine: Machine) -> None:
+        """It killed a replica there; a machine that is known by its host already is one machine."""
+        node, host = machine
+        self.killed_on = (self.killed_on - {host}) | {node}
 
 
 @dataclass(frozen=True, slots=True)

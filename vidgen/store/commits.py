@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -111,6 +112,12 @@ def read_attempts(objects: Objects) -> Iterator[Attempt]:
     """All attempts ever recorded, from a listing alone."""
     for entry in objects.list("attempts"):
         yield Attempt.from_path(entry.path)
+
+
+def read_evidence(objects: Objects, attempt: Attempt) -> dict[str, Any]:
+    """What was said of an attempt: `error`, and `node`, `rungs`, `next` where they are known."""
+    evidence: dict[str, Any] = json.loads(objects.read(attempt.path))
+    return evidence
 
 
 def _parse(data: bytes) -> Record:

@@ -88,8 +88,10 @@ class Lease:
 
     def inherited(self) -> dict[str, Any]:
         """What the driver before us left and nobody has dealt with yet: GPU-seconds spent, items that were in flight
-        on its host when it died (none after a clean end). Who holds the lease without driving passes it on."""
-        return {"gpu_seconds": self.before.get("gpu_seconds", 0.0), "in_flight": self.before.get("in_flight", [])}
+        on its host when it died (none after a clean end), the epoch in which one of them was a suspect and alone. Who
+        holds the lease without driving passes it on."""
+        known = {"gpu_seconds": 0.0, "in_flight": [], "lone_suspect": None}
+        return {key: self.before.get(key, none) for key, none in known.items()}
 
     def release(self, **facts: Any) -> None:
         """The last beat of a clean end: a successor need not wait."""

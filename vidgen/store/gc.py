@@ -2,8 +2,9 @@
 
 An orphan of a terminal item may go at any age, an object of a pending item never below two hours: a replica may be
 about to commit it. The saved state of a pending item stays, whatever its age. Generations, commit and age are read
-again just before each deletion; ages are by the store's clock, since this machine's may be wrong. Nothing else is ever
-deleted.
+again just before each deletion; ages are by the store's clock, since this machine's may be wrong. What killed processes
+left behind unread goes too: half-written local files, and the objects by which a start asked the store something.
+Nothing else is ever deleted.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from dataclasses import dataclass
 
 from vidgen import faults
 from vidgen.store import commits, ledger, resume
-from vidgen.store.objects import Objects, new_token
+from vidgen.store.objects import Objects, is_question, new_token
 
 SAFE_SECONDS = 2 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What gc saw and took. `temporaries` are half-written local files of writers that died."""
+    """What gc saw and took. `temporaries` are half-written local files, and questions to the store, of processes that
+    died."""
 
     seen: int
     removed: int
@@ -54,8 +56,20 @@ def collect(
                     objects.delete(entry.path)
             removed += 1
             size += entry.size
-    temporaries = 0 if dry_run else objects.sweep_temporaries("", max(older_than, SAFE_SECONDS))
+    temporaries = 0 if dry_run else _sweep_questions(objects, before_delete, max(older_than, SAFE_SECONDS), now)
+    temporaries += 0 if dry_run else objects.sweep_temporaries("", max(older_than, SAFE_SECONDS))
     return Swept(seen, removed, size, temporaries)
+
+
+def _sweep_questions(
+    objects: Objects, before_delete: Callable[[], None], older_than: float, now: Callable[[], float]
+) -> int:
+    left = [entry for entry in objects.list("epochs") if is_question(entry.path) and now() - entry.mtime >= older_than]
+    for entry in left:
+        before_delete()
+        with faults.around("gc delete"):
+            objects.delete(entry.path)
+    return len(left)
 
 
 def item_of(path: str) -> str:

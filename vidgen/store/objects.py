@@ -37,12 +37,19 @@ EXTRAS: dict[str, tuple[Callable[[str], S3 | Azure | Google], str]] = {
     **dict.fromkeys(("gs", "gcs"), (Google, "gcs")),
 }
 """Protocol -> who serves it, and the extra of this package that it needs."""
+QUESTION = "epochs/."
+"""What the names of objects begin with that are written to see what the store does with them, and deleted at once."""
 WAY_OUT = "use another store, or set run.single_writer: true if only one driver will ever write there"
 
 
 def new_token() -> str:
     """A name for one writer: what it creates carries this, so that it can recognise its own work."""
     return secrets.token_hex(8)
+
+
+def is_question(path: str) -> bool:
+    """Whether the object of that path only asked the store something; its writer has deleted it, or died."""
+    return path.startswith(QUESTION)
 
 
 class Objects:
@@ -163,7 +170,7 @@ class Objects:
     def now(self, token: str) -> float:
         """The store's own time, by writing an object and looking at its age: what its ages can be held against, however
         wrong this machine's clock is."""
-        path = f"epochs/.clock-{token}"
+        path = f"{QUESTION}clock-{token}"
         self.put(path, token.encode())
         entry = self.head(path)
         self.delete(path)
@@ -177,7 +184,7 @@ class Objects:
 
     def probe(self, token: str) -> None:
         """Refuses, with the reason and the way out, a store that cannot be written or that ignores create-only."""
-        path = f"epochs/.probe-{token}"
+        path = f"{QUESTION}probe-{token}"
         try:
             first = self.create(path, f"{token} first".encode(), token)
             other = new_token()
