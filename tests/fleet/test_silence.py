@@ -65,7 +65,28 @@ def test_a_start_is_late_after_its_budget_which_begins_when_its_last_process_sho
     assert handle.placed and overdue(handle, 10_100.0) is None
     assert overdue(handle, 10_100.0 + BUDGET) is None
     late = overdue(handle, 10_101.0 + BUDGET)
-    assert late == Loss("late", "it was not ready 900 s after it started", "n0")
+    assert late == Loss("late", "it was not ready 900 s after it started"), "both are awaited, on two nodes"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "answered", "blamed", "said"),
+    [
+        (("n0",), (), "n0", ""),
+        (("n0", "n1"), (0,), "n1", "rank 1: "),
+        (("n0", "n1"), (1,), "n0", "rank 0: "),
+        (("n0", "n1", "n1"), (0,), "n1", ""),
+        (("n0", "n0"), (), "n0", ""),
+        (("n0", "n1"), (), "", ""),
+        (("n0", "n1", "n2"), (1,), "", ""),
+    ],
+)
+def test_a_late_start_is_the_node_of_the_members_that_have_not_done_what_they_were_told_if_it_is_one(
+    nodes: tuple[str, ...], answered: tuple[int, ...], blamed: str, said: str
+) -> None:
+    handle = replica("start", nodes)
+    handle.placed_at = 100.0
+    handle.answers = dict.fromkeys(answered)
+    assert overdue(handle, 101.0 + BUDGET) == Loss("late", f"{said}it was not ready 900 s after it started", blamed)
 
 
 def test_a_gang_that_broke_is_given_a_moment_to_tell_that_a_member_is_dead_or_unreachable() -> None:

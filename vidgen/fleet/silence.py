@@ -115,8 +115,7 @@ def overdue(handle: Handle, now: float, start_seconds: float, hang_seconds: floa
     if handle.broken is not None and handle.broken_at is not None and handle.reachable:
         return handle.broken if now - handle.broken_at > BROKEN_SECONDS else None
     if _late(handle, now, start_seconds):
-        place = next((process.node for process in handle.members if process.node), "")
-        return Loss("late", f"it was not ready {start_seconds:.0f} s after it started", place)
+        return _unfinished(handle, f"it was not ready {start_seconds:.0f} s after it started")
     most = allowed(handle, hang_seconds)
     unheard = [(now - process.heard, rank) for rank, process in enumerate(handle.members) if process.heard]
     silent, rank = max(unheard, default=(0.0, 0))
@@ -137,6 +136,15 @@ def _late(handle: Handle, now: float, start_seconds: float) -> bool:
     if handle.placed_at is None and handle.placed:
         handle.placed_at = now
     return handle.placed_at is not None and now - handle.placed_at > start_seconds
+
+
+def _unfinished(handle: Handle, error: str) -> Loss:
+    """A start that is late, with whose node it is: that of the members which have not done yet what all were told, if
+    it is one node. Where they wait for each other on several, nobody's."""
+    ranks = [rank for rank in range(len(handle.members)) if rank not in handle.answers]
+    places = {handle.members[rank].node for rank in ranks}
+    node = places.pop() if len(places) == 1 else ""
+    return Loss("late", handle.says(ranks[0], error) if len(ranks) == 1 else error, node)
 
 
 def allowed(handle: Handle, hang_seconds: float | None) -> float:
