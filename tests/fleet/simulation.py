@@ -34,6 +34,8 @@ class Behaviour:
     nodes: int = 2
     drains: float = 0.0
     """A node that will go, and whose replicas are replaced on another; what runs there may come back unfinished."""
+    stays: float = 0.0
+    """A node that was to go stays after all."""
     rooms: float = 0.0
     """The cluster has room for another number of replicas."""
     needs: dict[int, str] = field(default_factory=dict)
@@ -74,6 +76,7 @@ class Simulation:
         self.killed: dict[str, list[str]] = {}
         self.on_node: Counter[str] = Counter()
         self.going: set[str] = set()
+        self.leaving: set[str] = set()
         self.largest = 0
         self.queue: list[ev.Event] = []
         self.sends: list[ev.Send] = []
@@ -98,6 +101,7 @@ class Simulation:
         match action:
             case ev.Send():
                 assert self.place[action.replica] not in self.going, "work for a node that goes"
+                assert action.replica not in self.leaving, "work for a replica that was told to leave"
                 flying = [w.item.item_id for sends in self.queues.values() for s in sends for w in s.works]
                 for work in action.works:
                     assert work.item.item_id not in flying, "an item flies twice at once"
@@ -128,6 +132,7 @@ class Simulation:
                 given, todo[:] = todo[: action.items], todo[action.items :]
                 self.queue.append(ev.Offered(tuple(given), not todo, action.band))
             case ev.Recall():
+                self.leaving.add(action.replica)
                 leaves = self.place[action.replica] in self.going and self.random.random() < 0.5
                 kept = 0 if leaves else 1
                 for send in self.queues.get(action.replica, [])[kept:]:
@@ -154,6 +159,10 @@ class Simulation:
     def something_happens(self) -> list[ev.Event]:
         if self.random.random() < self.behaviour.rooms:
             return [ev.Room((self.random.randrange(6),))]
+        if self.going and self.random.random() < self.behaviour.stays:
+            node = self.random.choice(sorted(self.going))
+            self.going.remove(node)
+            return [ev.NodeStays(node)]
         if self.queues and self.random.random() < self.behaviour.drains:
             node = self.place[self.random.choice(sorted(self.queues))]
             self.going.add(node)
@@ -166,6 +175,7 @@ class Simulation:
             if node == self.behaviour.barren:
                 return [ev.ReplicaLost(name, "start", "no driver", node)]
             self.queues[name] = []
+            self.leaving.discard(name)
             return [ev.ReplicaReady(name, node)]
         busy = sorted(name for name, sends in self.queues.items() if sends)
         if not busy:

@@ -39,6 +39,7 @@ def histories(draw: st.DrawFn) -> tuple[Simulation, Behaviour]:
         storage=draw(st.sampled_from([0.0, 0.1])),
         nodes=draw(st.integers(1, 3)),
         drains=draw(st.sampled_from([0.0, 0.1])),
+        stays=draw(st.sampled_from([0.0, 0.2])),
         rooms=draw(st.sampled_from([0.0, 0.2])),
     )
     behaviour.sick = draw(st.sampled_from(["", "", "n1"])) if behaviour.nodes > 1 else ""

@@ -112,6 +112,27 @@ def test_a_stopping_run_closes_nothing_and_starts_nothing() -> None:
     assert not [a for a in told(dispatcher, *finished(send)) if isinstance(a, (ev.Replace, ev.Dismiss))]
 
 
+def test_a_node_that_stays_after_all_is_used_again_and_what_was_told_to_leave_leaves() -> None:
+    """Such a replica takes nothing any more: it would come back at once."""
+    dispatcher = fleet("n0", "n1")
+    sent = sends(told(dispatcher, ev.Offered(tasks(*range(9)), exhausted=True)))
+    running, waiting = (send for send in sent if send.replica == "r1")
+    told(dispatcher, ev.NodeDraining("n1", 30.0))
+    actions = told(dispatcher, ev.NodeStays("n1"), ev.BatchReturned("r1", waiting.batch), ev.Tick())
+    assert not {a.replica for a in actions if isinstance(a, (ev.Send, ev.Dismiss, ev.Replace))} & {"r1"}
+    actions = told(dispatcher, *finished(running), now=5.0)
+    assert actions[:2] == [ev.Dismiss("r1"), ev.Replace("r1")]
+    actions = told(dispatcher, ev.ReplicaReady("r1", "n1"), now=9.0)
+    assert {send.replica for send in sends(actions)} == {"r1"}
+    assert ev.Recall("r1", 21.0) in told(dispatcher, ev.NodeDraining("n1", 30.0), now=9.0), "it is told to go again"
+
+
+def test_a_replica_that_comes_up_on_a_node_that_stays_after_all_gets_work() -> None:
+    dispatcher = Dispatcher(Rules(), ["r0"])
+    told(dispatcher, ev.Offered(tasks(0), exhausted=True), ev.NodeDraining("n0", None), ev.NodeStays("n0"))
+    assert sends(told(dispatcher, ev.ReplicaReady("r0", "n0")))
+
+
 # ---------------------------------------------------------------- as many replicas as the cluster has room for
 
 
@@ -220,6 +241,18 @@ def test_a_watch_tells_what_changed_and_a_node_that_goes_is_no_room() -> None:
     assert watch.look(13.0) == [], "the same deadline, told three seconds later"
     cluster.going = {"b": 5.0}
     assert watch.look(16.0) == [ev.NodeDraining("b", 21.0)]
+
+
+def test_a_watch_tells_of_a_node_that_stays_after_all_once_and_not_of_one_that_went() -> None:
+    cluster = Cluster(Node(8, 2, "a"), Node(8, 2, "b"), Node(8, 2, "c"))
+    watch = Watch(cluster.draining, cluster.nodes, one_a_gpu)
+    cluster.going = {"b": 30.0, "c": 30.0}
+    assert watch.look(0.0) == [ev.Room((2,)), ev.NodeDraining("b", 30.0), ev.NodeDraining("c", 30.0)]
+    cluster.going, cluster.here = {}, cluster.here[:2]
+    assert watch.look(3.0) == [ev.Room((4,)), ev.NodeStays("b")]
+    assert watch.look(6.0) == []
+    cluster.going = {"b": 24.0}
+    assert watch.look(9.0) == [ev.Room((2,)), ev.NodeDraining("b", 33.0)]
 
 
 def test_a_watch_over_a_given_number_tells_of_nodes_that_go_alone() -> None:

@@ -24,13 +24,15 @@ class Batch:
 
 @dataclass(slots=True)
 class Replica:
-    """A replica as the dispatcher knows it: where it is, and what it has."""
+    """A replica as the dispatcher knows it: where it is, and what it has. `leaving`: it was told to leave its node, and
+    takes nothing new."""
 
     name: str
     band: int = 0
     node: str = ""
     host: str = ""
     ready: bool = False
+    leaving: bool = False
     batches: dict[int, Batch] = field(default_factory=dict)
 
     @property

@@ -28,6 +28,7 @@ from vidgen.fleet.events import (
     Looked,
     Machine,
     NodeDraining,
+    NodeStays,
     Offered,
     Recall,
     Reclaim,
@@ -113,7 +114,7 @@ class Dispatcher:
                 self._failed(event, now, actions)
             case Looked():
                 self._looked(event, now, actions)
-            case NodeDraining():
+            case NodeDraining() | NodeStays():
                 actions += self.draining.notice(event, self.replicas.values(), now)
             case Room():
                 self.elastic.room = event.replicas
@@ -245,7 +246,7 @@ class Dispatcher:
 
     def _usable(self) -> list[Replica]:
         """Replicas that are ready, those on avoided nodes only where no other of their band is."""
-        ready = [r for r in self.replicas.values() if r.ready and r.node not in self.draining]
+        ready = [r for r in self.replicas.values() if self.draining.takes_work(r)]
         avoided = self.health.avoided()
         served = {replica.band for replica in ready if replica.node not in avoided}
         return [replica for replica in ready if replica.node not in avoided or replica.band not in served]
@@ -276,7 +277,7 @@ class Dispatcher:
         return self.stopping is None and self.elastic.replaces(band, others)
 
     def _resize(self, now: float, actions: list[Action]) -> None:
-        """Closes what is done on nodes that go, and follows the cluster where the number of replicas does."""
+        """Closes what has left a node that goes, and follows the cluster where the number of replicas does."""
         for name in self.draining.left(self.replicas.values()):
             if self._is_replaced(self._dismiss(name, actions)):
                 self.replicas[name] = self._replica(name)

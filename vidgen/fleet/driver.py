@@ -143,6 +143,8 @@ class Driver:
             self._spent_before += self._busy.pop(event.replica, 0.0)  # its successor counts from zero
         elif isinstance(event, ev.NodeDraining):
             self.progress.say(f"node {event.node[:8]} will go: it gets nothing new")
+        elif isinstance(event, ev.NodeStays):
+            self.progress.say(f"node {event.node[:8]} will stay after all: it is used again")
         elif isinstance(event, ev.Noted):
             self.progress.say(f"{event.replica}: {event.text}", replica=event.replica)
         self.saves.hear(event, self.state.generation_of)

@@ -161,6 +161,13 @@ class NodeDraining:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeStays:
+    """A node that was to go will stay after all."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
     """How many replicas of each band the cluster has room for; None where their number is given."""
 
@@ -192,6 +199,7 @@ Event = (
     | ItemFailed
     | Looked
     | NodeDraining
+    | NodeStays
     | Room
     | StopAsked
     | Tick

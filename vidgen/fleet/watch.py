@@ -1,4 +1,5 @@
-"""Looks at the cluster now and then, and tells what changed: nodes that will go, and room for replicas.
+"""Looks at the cluster now and then, and tells what changed: nodes that will go or stay after all, and room for
+replicas.
 
 The edge at which a test puts another cluster: whom it asks is given (`vidgen.fleet.nodes` asks Ray). Decides nothing.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from vidgen.fleet.events import Event, NodeDraining, Room
+from vidgen.fleet.events import Event, NodeDraining, NodeStays, Room
 from vidgen.fleet.formation import Node
 
 SECONDS = 2.0
@@ -36,7 +37,7 @@ class Watch:
             return []
         self._looked = now
         going = self._draining()
-        return [*self._growth(going), *self._notices(going, now)]
+        return [*self._growth(going), *self._reprieves(going), *self._notices(going, now)]
 
     def _growth(self, going: Mapping[str, float | None]) -> list[Event]:
         if self._rooms is None:
@@ -44,6 +45,15 @@ class Watch:
         room = self._rooms([node for node in self._nodes() if node.id not in going])
         changed, self._room = room != self._room, room
         return [Room(room)] if changed else []
+
+    def _reprieves(self, going: Mapping[str, float | None]) -> list[Event]:
+        """Nodes that are no longer among those that go, and are still there."""
+        missing = self._deadlines.keys() - going.keys()
+        if not missing:
+            return []
+        for node in missing:
+            del self._deadlines[node]
+        return [NodeStays(node.id) for node in self._nodes() if node.id in missing]
 
     def _notices(self, going: Mapping[str, float | None], now: float) -> list[Event]:
         events: list[Event] = []
