@@ -16,6 +16,7 @@ from PIL import Image
 
 from vidgen import formats, media
 from vidgen.errors import InfrastructureError, ItemError, UserError
+from vidgen.media import writing
 from vidgen.types import Request, Video
 
 # Mean distance (of 255) from the raw frames a format may have: lossless; halved chroma and crf 18; 256 colours a frame.
@@ -288,7 +289,7 @@ def test_ready_bytes_are_adopted_and_decoded_once(tmp_path: Path, monkeypatch: p
     def never(path: Path) -> media.Probe:
         raise AssertionError("equal bytes were decoded twice")
 
-    monkeypatch.setattr(media, "probe", never)
+    monkeypatch.setattr(writing, "probe", never)
     assert media.write(video, tmp_path / "second.mp4").path == tmp_path / "second.mp4"
 
 
