@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.benchmarks.ending import drain
+
 PATH = Path(__file__).parents[2] / "jobs" / "benchmark.py"
-
-
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-drain = benchmark().drain
 
 
 @settings(deadline=None)
