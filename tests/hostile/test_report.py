@@ -164,7 +164,7 @@ def test_a_status_obeys_no_markup_and_no_escape_sequence(text: str) -> None:
         "out", text[:100], text[:100], text[:100], 1, 0, 1, 0, 0, 0, 0, "stopped", False, failures=failures
     )
     sink = io.StringIO()
-    status.show(found, Console(file=sink, width=200, force_terminal=True, color_system=None))
+    Console(file=sink, width=200, force_terminal=True, color_system=None).print(status.render(found), highlight=False)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", sink.getvalue())  # its own bold
     assert all(letter.isprintable() or letter == "\n" for letter in shown), ascii(shown)
     for mark in ("[/bold]", "[/]", "[link=file:///x]"):

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from vidgen.cli.command import Commands, age, print_json
+from vidgen.errors import UserError
 
 
 def add(commands: Commands) -> None:
@@ -21,7 +22,10 @@ def add(commands: Commands) -> None:
 
 def _retry(options: argparse.Namespace) -> int:
     from vidgen.report import repair
+    from vidgen.scheduled import overall, runs
 
+    if schedule := runs.below(options.output):
+        raise UserError(overall.one_to_retry(overall.read(options.output, schedule)))
     chosen = repair.retry(options.output, where=options.where, missing=options.missing, takeover=options.takeover)
     if options.json:
         print_json(asdict(chosen))
@@ -36,8 +40,11 @@ def _retry(options: argparse.Namespace) -> int:
 
 def _gc(options: argparse.Namespace) -> int:
     from vidgen.report import repair
+    from vidgen.scheduled import overall, runs
 
-    swept = repair.collect(options.output, older_than=options.older_than, dry_run=options.dry_run)
+    which = {"older_than": options.older_than, "dry_run": options.dry_run}
+    schedule = runs.below(options.output)
+    swept = overall.collect(options.output, schedule, **which) if schedule else repair.collect(options.output, **which)
     if options.json:
         print_json(asdict(swept))
     else:

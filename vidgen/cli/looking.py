@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import islice
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from vidgen.cli.command import FAILED, Commands, print_json, share
 from vidgen.errors import GenerationError, UserError
@@ -32,35 +35,31 @@ def add(commands: Commands) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from vidgen.report import status
+    from vidgen.report import status, watch
+    from vidgen.scheduled import overall, runs
 
-    if options.watch:
-        return _watch(options)
-    found = status.read(options.output)
-    if options.json:
-        print_json(asdict(found))
-    else:
-        status.show(found, Console())
-    return 0
+    if runs.below(options.output):
+        return _shown(options, overall.watch(options.output, options.every), overall.render)
+    return _shown(options, watch.watch(options.output, options.every), status.render)
 
 
-def _watch(options: argparse.Namespace) -> int:
+def _shown(options: argparse.Namespace, seen: Iterator[Any], render: Callable[[Any], RenderableType]) -> int:
+    """Prints the state; with --watch each that comes."""
     from rich.live import Live
 
-    from vidgen.report import status, watch
-
     console = Console()
-    seen = watch.watch(options.output, options.every)
-    if options.json:
-        for found in seen:
-            print(json.dumps(asdict(found), default=str), flush=True)
-    elif not console.is_terminal:
-        for found in seen:
-            status.show(found, console)
-    else:
+    if options.watch and not options.json and console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             for found in seen:
-                live.update(status.render(found), refresh=True)
+                live.update(render(found), refresh=True)
+        return 0
+    for found in seen if options.watch else islice(seen, 1):
+        if not options.json:
+            console.print(render(found), highlight=False, soft_wrap=True)
+        elif options.watch:
+            print(json.dumps(asdict(found), default=str), flush=True)
+        else:
+            print_json(asdict(found))
     return 0
 
 
@@ -99,8 +98,11 @@ def _seconds(text: str) -> float:
 
 def _verify(options: argparse.Namespace) -> int:
     from vidgen.report.verify import verify
+    from vidgen.scheduled import overall, runs
 
-    verdict = verify(options.output, fast=options.fast, sample=options.sample, strict=options.strict)
+    how = {"fast": options.fast, "sample": options.sample, "strict": options.strict}
+    schedule = runs.below(options.output)
+    verdict = overall.verify(options.output, schedule, **how) if schedule else verify(options.output, **how)
     if options.json:
         print_json({**asdict(verdict), "ok": verdict.ok})
         return 0 if verdict.ok else FAILED

@@ -102,8 +102,19 @@ def require_plan(objects: Objects) -> list[Plan]:
     """`read_plan`, of a run that must be there; PlanError if it is not."""
     plans = read_plan(objects)
     if not plans:
-        raise PlanError(f"{objects.url}: no plan/0/PLAN.json, so there is no run here")
+        raise PlanError(f"{objects.url}: no plan/0/PLAN.json, so there is no run here{_instead(objects)}")
     return plans
+
+
+def _instead(objects: Objects) -> str:
+    """What lies there in place of a run, if something like one does."""
+    runs = [entry.path for entry in objects.list("runs/0/plan") if entry.path.endswith(f"0/{PLAN_JSON}")]
+    if runs:
+        url = objects.url.rstrip("/")
+        return f", but a schedule: name one of its runs, {url}/runs/0 and so on; `vidgen status {url}` tells of all"
+    if any(True for _ in objects.list("plan")):
+        return " yet: a plan is being made, or was not made to its end (`vidgen generate CONFIG` makes it)"
+    return ""
 
 
 def total_items(plans: Iterable[Plan]) -> int:

@@ -82,8 +82,14 @@ def extend(
 
 
 def collect(output: str, *, older_than: float, dry_run: bool = False) -> gc.Swept:
-    """`gc.collect`, under the lease where it takes objects younger than two hours."""
+    """`gc.collect` of a run; PlanError if there is none."""
     objects = Objects(output)
+    require_plan(objects)
+    return sweep(objects, older_than=older_than, dry_run=dry_run)
+
+
+def sweep(objects: Objects, *, older_than: float, dry_run: bool = False) -> gc.Swept:
+    """`gc.collect`, under the lease where it takes objects younger than two hours."""
     if dry_run or older_than >= gc.SAFE_SECONDS:
         return gc.collect(objects, older_than, dry_run=dry_run)
     lease = epochs.acquire(objects, lease=LEASE_SECONDS)

@@ -8,11 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -77,8 +77,19 @@ class Status:
     """What holds while it runs: a node that is avoided, a shape that fits only with some of the memory ladder."""
 
 
-def read(output: str) -> Status:
-    """The state of a run; PlanError if there is none at `output`."""
+class Counted(Protocol):
+    """What a line of numbers is made of; a Status is one."""
+
+    total: int
+    done: int
+    rate: float | None
+    eta: float | None
+    gpu_hours: float
+    cost: float | None
+
+
+def read(output: str, *, compared: bool = True) -> Status:
+    """The state of a run; PlanError if there is none at `output`. `compared`: with its plan's estimate."""
     objects = Objects(output)
     plans = require_plan(objects)
     state = states.load(objects, total_items(plans))
@@ -108,33 +119,20 @@ def read(output: str) -> Status:
     if driver == RUNNING:
         for name, value in live(shown).items():
             setattr(found, name, value)
-    rows = manifest.rows(objects, plans, state) if found.total <= MOST_ITEMS and found.done else None
-    found.against = compare(forecast.read(objects), rows, found.gpu_hours, found.cost)
+    if compared:
+        rows = manifest.rows(objects, plans, state) if found.total <= MOST_ITEMS and found.done else None
+        found.against = compare(forecast.read(objects), rows, found.gpu_hours, found.cost)
     if counts["failed"] or counts["quarantined"]:
         found.failures = _failures(output, manifest.rows(objects, plans, state))
     return found
 
 
-def show(found: Status, console: Console) -> None:
-    """The status as a person reads it."""
-    console.print(render(found), highlight=False, soft_wrap=True)
-
-
 def render(found: Status) -> Group:
-    """The same, to be drawn by whoever redraws it."""
+    """The status as a person reads it."""
     state = "finished" if found.finished else f"driver {found.driver}"
     model = f"{found.family}, {found.checkpoint}" if found.checkpoint else found.family
     head = Text.assemble((printable(found.name), "bold"), f"  {printable(model)}  ({state})")
-    parts = [f"{found.done}/{found.total} done"]
-    parts += [f"{getattr(found, n)} {n}" for n in ("pending", "failed", "quarantined", "rejected") if getattr(found, n)]
-    if found.rate:
-        parts.append(f"{found.rate:,.0f} items/h")
-    if found.eta is not None:
-        parts.append(f"{duration(found.eta)} left")
-    parts.append(f"{found.gpu_hours:g} replica-hours")
-    if found.cost is not None:
-        parts.append(f"cost {found.cost:,.2f}")
-    lines: list[Text | Table] = [head, Text("  " + ", ".join(parts))]
+    lines: list[Text | Table] = [head, Text(f"  {numbers(found)}")]
     if found.replicas:
         states = ", ".join(f"{count} {stage}" for stage, count in found.replicas.items())
         lines.append(Text(f"  replicas: {states}"))
@@ -150,6 +148,20 @@ def render(found: Status) -> Group:
     elif found.pending and found.driver != RUNNING:
         lines.append(Text(f"  vidgen generate {found.output}"))
     return Group(*lines)
+
+
+def numbers(found: Counted) -> str:
+    """Counts, pace and cost in a line."""
+    parts = [f"{found.done}/{found.total} done"]
+    parts += [f"{getattr(found, n)} {n}" for n in ("pending", "failed", "quarantined", "rejected") if getattr(found, n)]
+    if found.rate:
+        parts.append(f"{found.rate:,.0f} items/h")
+    if found.eta is not None:
+        parts.append(f"{duration(found.eta)} left")
+    parts.append(f"{found.gpu_hours:g} replica-hours")
+    if found.cost is not None:
+        parts.append(f"cost {found.cost:,.2f}")
+    return ", ".join(parts)
 
 
 def live(shown: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def of_schedule(output: str, *, partial: bool = False) -> Source | None:
 
 
 def _tables(root: Objects, parts: Mapping[str, str]) -> Iterator[pa.Table]:
-    for table in manifest.read_parts(root, parts, f"what {view.VIEW} names; the next tick writes the view again"):
+    for table in manifest.read_parts(root, parts, view.OTHERWISE):
         over = table.column("superseded_by").is_valid()
         status = pc.if_else(over, SUPERSEDED, table.column("status"))
         yield table.set_column(table.schema.get_field_index("status"), "status", status)

@@ -96,12 +96,16 @@ def read_runs(root: Objects, known: Sequence[ScheduledRun] = (), at_least: int =
                 found.append(run)
 
 
-def places(output: str) -> list[Place]:
-    """Where a question about an item is asked: a run itself, or every run below a scheduled output, newest first.
-    PlanError if there is neither."""
+def below(output: str) -> list[ScheduledRun]:
+    """The runs of the schedule that lies there, in order; [] if a run lies there, or nothing."""
     root = Objects(output)
-    found = [] if root.exists("plan/0/PLAN.json") else read_runs(root)
-    return [Place(run.objects, run.number) for run in reversed(found)] or [Place(root)]
+    return [] if root.exists("plan/0/PLAN.json") else read_runs(root)
+
+
+def places(output: str) -> list[Place]:
+    """Where a question about an item is asked: a run itself, or every run of a schedule, newest first. PlanError if
+    there is neither."""
+    return [Place(run.objects, run.number) for run in reversed(below(output))] or [Place(Objects(output))]
 
 
 def unfinished(runs: Sequence[ScheduledRun]) -> list[ScheduledRun]:

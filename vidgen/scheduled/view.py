@@ -28,6 +28,8 @@ from vidgen.store import state as states
 from vidgen.store.objects import Objects
 
 VIEW = "manifest/_VIEW.json"
+OTHERWISE = f"what {VIEW} names; delete that, and the next tick writes the view again"
+"""What is said of a part with other bytes; a tick does not read the parts that it need not write."""
 TRIES = 10
 """Rounds after which somebody else's updates are left to them."""
 ADDED = ("run", "superseded_by")
@@ -64,6 +66,24 @@ def update(root: Objects, runs: Sequence[ScheduledRun] = ()) -> dict[str, Any]:
             break
         body, before = _write(root, runs, standings), now
     return body
+
+
+def problems(root: Objects, runs: Sequence[ScheduledRun]) -> Iterator[str]:
+    """Sentences about what of the view is not as these runs are, or not as the view itself says."""
+    entries = {entry["run"]: entry for entry in read(root)["runs"]}
+    for number in sorted(entries.keys() - {run.number for run in runs}):
+        yield f"run {number}: its plan is gone, and without it the next tick refuses to go on"
+    for run, standing in zip(runs, _each(_standing, runs), strict=True):
+        if entries.get(run.number, {}).get("source") != standing.source:
+            yield f"manifest/ does not show run {run.number} as it is; the next tick brings it up to date"
+    for entry in entries.values():
+        for name, digest in entry["parts"].items():
+            try:
+                data = root.read(name)
+            except FileNotFoundError:
+                data = b""
+            if hashlib.sha256(data).hexdigest() != digest:
+                yield f"{name} is not {OTHERWISE}"
 
 
 def _each(act: Callable[[ScheduledRun], Standing], runs: Sequence[ScheduledRun]) -> list[Standing]:
