@@ -32,10 +32,10 @@ class Commands:
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
         return sub
 
-    def of_output(self, name: str, run: Command, text: str) -> argparse.ArgumentParser:
-        """A command of a run's output."""
+    def of_output(self, name: str, run: Command, text: str, *, schedule: bool = False) -> argparse.ArgumentParser:
+        """A command of a run's output; `schedule`: or of a schedule's."""
         sub = self.add(name, run, text)
-        sub.add_argument("output", help="folder or URL of a run")
+        sub.add_argument("output", help=f"folder or URL of a run{', or of a schedule' if schedule else ''}")
         return sub
 
 

@@ -15,7 +15,7 @@ def add(commands: Commands) -> None:
     retry.add_argument("--where", help="only those, for example \"error_class = 'capacity'\"")
     retry.add_argument("--missing", action="store_true", help="done ones whose object is gone or damaged")
     retry.add_argument("--takeover", action="store_true", help="supersede a driver that seems alive")
-    gc = commands.of_output("gc", _gc, "remove objects that no commit names")
+    gc = commands.of_output("gc", _gc, "remove objects that no commit names", schedule=True)
     gc.add_argument("--older-than", type=age, default=24 * 3600.0, help="age: 24h, 90m, 2d (default 24h)")
     gc.add_argument("--dry-run", action="store_true", help="only count them")
 

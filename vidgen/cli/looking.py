@@ -17,16 +17,22 @@ from vidgen.errors import GenerationError, UserError
 
 def add(commands: Commands) -> None:
     """Adds them to the parser."""
-    status = commands.of_output("status", _status, "done, failed, pending, rate, time left, failures by signature")
-    status.add_argument("--watch", action="store_true", help="again and again until the run ends; needs no cluster")
+    status = commands.of_output(
+        "status", _status, "done, failed, pending, rate, time left, failures by signature", schedule=True
+    )
+    status.add_argument(
+        "--watch", action="store_true", help="again and again until the run, or the tick, ends; needs no cluster"
+    )
     status.add_argument("--every", type=_seconds, default=2.0, help="with --watch: seconds between (default 2)")
-    why = commands.of_output("why", _why, "all that is known about one item, and the command that makes it again")
+    why = commands.of_output(
+        "why", _why, "all that is known about one item, and the command that makes it again", schedule=True
+    )
     why.add_argument("item", help="an item id, the beginning of one, or a row id")
     why.add_argument("--make", metavar="FILE", help="make it again, alone, without Ray; exit 1 if the bytes differ")
     why.add_argument("--device", default="auto", help="with --make: auto, cpu, cuda")
     why.add_argument("--threads", type=int, help="with --make: default as many as made it")
     verify = commands.of_output(
-        "verify", _verify, "prove the output: manifest == plan, each video there and whole, no duplicate"
+        "verify", _verify, "prove the output: manifest == plan, each video there and whole, no duplicate", schedule=True
     )
     verify.add_argument("--fast", action="store_true", help="listing and sizes only")
     verify.add_argument("--sample", type=share, default=1.0, help="share of the videos to read and decode")

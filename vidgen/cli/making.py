@@ -50,7 +50,7 @@ def add(commands: Commands) -> None:
     pilot.add_argument("--takeover", action="store_true", help="supersede a driver that seems alive")
     pilot.add_argument("--ok-exit", type=codes, default=(), help="exit codes to map to 0, for example 3,5,75")
 
-    commands.of_output("stop", _stop, "ask the running driver to stop gracefully")
+    commands.of_output("stop", _stop, "ask the running driver to stop gracefully", schedule=True)
 
 
 def _generate(options: argparse.Namespace) -> int:

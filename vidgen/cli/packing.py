@@ -12,7 +12,7 @@ from vidgen.cli.command import Commands, print_json
 def add(commands: Commands) -> None:
     """Adds it to the parser."""
     pack = commands.of_output(
-        "pack", _pack, "the finished videos as WebDataset, Parquet, a video folder or plain files"
+        "pack", _pack, "the finished videos as WebDataset, Parquet, a video folder or plain files", schedule=True
     )
     pack.add_argument("dest", help="folder or URL to pack into")
     pack.add_argument("--format", required=True, help="webdataset, parquet, hf, folder")

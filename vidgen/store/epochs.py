@@ -132,7 +132,7 @@ def request_stop(objects: Objects) -> int:
     """Asks the driver of the highest epoch to stop gracefully; returns that epoch, raises Held if nobody drives."""
     epoch = current(objects)
     if epoch is None or read_beat(objects, epoch).get("released"):
-        raise Held("no driver is running here")
+        raise Held(f"{objects.url}: no driver is running there, so there is none to stop")
     with faults.around("stop"):
         objects.put(f"epochs/{epoch}.stop", json.dumps({"at": time.time()}).encode())
     return epoch
