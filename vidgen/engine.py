@@ -29,6 +29,7 @@ import torch
 
 from vidgen import family as families
 from vidgen.checkpoint.adapter import open_adapter
+from vidgen.checkpoint.fetch import fetched
 from vidgen.checkpoint.folder import CheckpointFolder, open_checkpoint
 from vidgen.conditioning import inspect
 from vidgen.conditioning.sources import digest_of
@@ -167,7 +168,7 @@ def load_model(settings: ModelSettings, gang: Gang | None = None) -> Engine:
         gpu = str(getattr(backend, "gpu", ""))
     else:
         assert folder is not None, f"{family} has neither weights nor a backend.py"
-        backend = _native(folder.fetched(cache_dir), spec, params, settings, gang)
+        backend = _native(fetched(folder, cache_dir), spec, params, settings, gang)
         place = backend.pipeline.device
         gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else ""
     name, digest = (folder.resolved.name, folder.hash()) if folder is not None else ("", "")

@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vidgen import engine, family
+from vidgen.checkpoint.fetch import fetched
 from vidgen.checkpoint.folder import open_checkpoint
 from vidgen.conditioning import read as read_media
 from vidgen.errors import ConfigError
@@ -135,7 +136,7 @@ def compare(settings: ModelSettings, sampling: Mapping[str, Any] | None = None, 
         _keep_the_vae(native)
     with _measured(report, "diffusers", device):
         folder = open_checkpoint(settings.checkpoint, settings.revision)
-        local = folder.fetched(Path(settings.cache_dir or "~/.cache/vidgen").expanduser()).local
+        local = fetched(folder, Path(settings.cache_dir or "~/.cache/vidgen").expanduser()).local
         theirs = _reference(getattr(diffusers, chosen), str(local), request, dtypes, device, report)
     _compare(report, native, request, ours, theirs)
     return report

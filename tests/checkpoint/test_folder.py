@@ -19,9 +19,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vidgen.checkpoint.folder import BLOCK_BYTES, CheckpointFolder, open_checkpoint
+from vidgen.checkpoint.digest import BLOCK_BYTES
+from vidgen.checkpoint.fetch import fetch, fetched
+from vidgen.checkpoint.folder import open_checkpoint
 from vidgen.errors import CheckpointError
 
+IMPORTS = """
+import sys
+from vidgen.checkpoint.fetch import fetch
+from vidgen.checkpoint.folder import open_checkpoint
+from vidgen.errors import CheckpointError
+"""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -210,7 +218,7 @@ def test_a_revision_without_a_hub_is_refused(folder: Path) -> None:
 
 
 def test_a_local_folder_is_used_where_it_is(folder: Path, tmp_path: Path) -> None:
-    assert open_checkpoint(str(folder)).fetch(tmp_path / "cache") == folder
+    assert fetch(open_checkpoint(str(folder)), tmp_path / "cache") == folder
     assert not (tmp_path / "cache").exists()
 
 
@@ -218,29 +226,23 @@ def test_a_fetched_folder_equals_its_source_and_is_fetched_once(
     in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_checkpoint(in_memory)
-    place = source.fetch(tmp_path)
+    place = fetch(source, tmp_path)
     assert open_checkpoint(str(place)).hash() == source.hash()
-    monkeypatch.setattr(CheckpointFolder, "_download", lambda self, path, place: pytest.fail(f"{path} fetched again"))
-    assert open_checkpoint(in_memory).fetch(tmp_path) == place
+    monkeypatch.setattr("vidgen.checkpoint.fetch._download", lambda *a: pytest.fail(f"{a[1]} fetched again"))
+    assert fetch(open_checkpoint(in_memory), tmp_path) == place
 
 
 def test_a_fetch_that_was_killed_goes_on_where_it_was(in_memory: str, tmp_path: Path) -> None:
     source = open_checkpoint(in_memory)
-    place = source.fetch(tmp_path)
+    place = fetch(source, tmp_path)
     whole = place / "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
     kept = place / "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
     before = kept.stat().st_mtime_ns
     whole.rename(whole.with_name(f"{whole.name}.part"))
     whole.with_name(f"{whole.name}.part").write_bytes(b"half of it")
-    assert source.fetch(tmp_path) == place
+    assert fetch(source, tmp_path) == place
     assert open_checkpoint(str(place)).hash() == source.hash()
     assert kept.stat().st_mtime_ns == before
-
-
-def test_only_the_components_asked_for_are_fetched(in_memory: str, tmp_path: Path) -> None:
-    place = open_checkpoint(in_memory).fetch(tmp_path, components=["tokenizer"])
-    assert (place / "tokenizer/tokenizer.json").is_file()
-    assert not (place / "transformer").exists()
 
 
 def test_a_copy_that_differs_from_its_source_is_refused(
@@ -258,34 +260,34 @@ def test_a_copy_that_differs_from_its_source_is_refused(
 
     monkeypatch.setattr(source.fs, "get_file", damaged)
     with pytest.raises(CheckpointError, match=r"00001-of-00002\.safetensors differs from its source"):
-        source.fetch(tmp_path)
+        fetch(source, tmp_path)
     monkeypatch.setattr(source.fs, "get_file", lambda remote, local, **kwargs: Path(local).write_bytes(b"short"))
     with pytest.raises(CheckpointError, match="came with 5 bytes"):
-        source.fetch(tmp_path)
+        fetch(source, tmp_path)
 
 
 def test_a_copy_that_went_bad_on_the_disk_is_not_used(in_memory: str, tmp_path: Path) -> None:
     source = open_checkpoint(in_memory)
-    assert source.fetched(tmp_path).hash() == source.hash()
-    assert source.fetched(tmp_path).resolved == source.resolved
-    config = source.fetch(tmp_path) / "transformer/config.json"
+    assert fetched(source, tmp_path).hash() == source.hash()
+    assert fetched(source, tmp_path).resolved == source.resolved
+    config = fetch(source, tmp_path) / "transformer/config.json"
     config.write_text(config.read_text().replace("3", "4"))
     with pytest.raises(CheckpointError, match="differs from its source; delete it"):
-        source.fetched(tmp_path)
+        fetched(source, tmp_path)
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_fetched(
     in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("vidgen.checkpoint.folder.shutil.disk_usage", lambda place: usage._replace(free=10))
+    monkeypatch.setattr("vidgen.checkpoint.fetch.shutil.disk_usage", lambda place: usage._replace(free=10))
     with pytest.raises(CheckpointError, match="10 free"):
-        open_checkpoint(in_memory).fetch(tmp_path)
+        fetch(open_checkpoint(in_memory), tmp_path)
 
 
 def with_hub(endpoint: str, lines: str, *arguments: str, count: int = 1) -> None:
     """Runs `lines` in processes that find `endpoint` in their environment when they import the hub's client."""
-    command = [sys.executable, "-c", f"import sys\nfrom vidgen.checkpoint.folder import *\n{lines}", *arguments]
+    command = [sys.executable, "-c", f"{IMPORTS}\n{lines}", *arguments]
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
     workers = [subprocess.Popen(command, env=environment) for _ in range(count)]
     assert [worker.wait(120) for worker in workers] == [0] * count
@@ -375,7 +377,7 @@ else:
 """
 FETCH = """
 folder, cache = sys.argv[1:]
-place = open_checkpoint("org/tiny").fetch(cache)
+place = fetch(open_checkpoint("org/tiny"), cache)
 assert open_checkpoint(str(place)).hash() == open_checkpoint(folder).hash()
 """
 NO_HUB = """

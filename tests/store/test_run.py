@@ -19,6 +19,7 @@ from PIL import Image
 from tests.fleet.inline import config_for, drive, write_prompts
 from tests.store.proxy import Fault, Proxy
 from vidgen import manifest
+from vidgen.checkpoint.fetch import fetched
 from vidgen.checkpoint.folder import open_checkpoint
 from vidgen.report import gallery, repair
 from vidgen.report.status import read as status
@@ -154,6 +155,6 @@ def test_a_checkpoint_on_s3_is_the_one_it_was_copied_from(s3: str, tmp_path: Pat
             fs.put_file(str(path), f"{place}/{path.relative_to(source).as_posix()}")
     there, here = open_checkpoint(place), open_checkpoint(str(source))
     assert there.hash() == here.hash()
-    copy = there.fetched(tmp_path / "cache")
+    copy = fetched(there, tmp_path / "cache")
     assert copy.hash() == here.hash()
     assert copy.resolved.name == place

@@ -19,6 +19,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from vidgen.checkpoint.digest import block_digest
 from vidgen.errors import CheckpointError
 
 Rename = Callable[[str], "str | tuple[str, ...] | None"]
@@ -172,6 +173,11 @@ def assign(
 def at(adapter: Adapter, place: str) -> Adapter:
     """The same adapter, copied to a local path."""
     return replace(adapter, fs=LocalFileSystem(), place=place)
+
+
+def digest(adapter: Adapter) -> str:
+    """64 hexadecimal digits, the same wherever the file lies and whatever it is called."""
+    return block_digest(adapter.fs, adapter.place, "adapter", adapter.size).hex()
 
 
 def _find(path: str) -> tuple[Any, str]:

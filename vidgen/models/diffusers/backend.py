@@ -20,6 +20,7 @@ from PIL import Image
 
 from vidgen import conditioning
 from vidgen.checkpoint.adapter import open_adapter
+from vidgen.checkpoint.fetch import fetched
 from vidgen.checkpoint.folder import open_checkpoint
 from vidgen.conditioning import Conditioning
 from vidgen.device import device_named, memory_errors
@@ -49,7 +50,7 @@ def load(settings: ModelSettings) -> Backend:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     adapters = tuple(open_adapter(lora.path, lora.weight, lora.component) for lora in settings.loras)
-    local = replace(folder, adapters=adapters).fetched(settings.cache_dir)
+    local = fetched(replace(folder, adapters=adapters), settings.cache_dir)
     return Backend(assemble(local, bound, settings, device), bound, device)
 
 

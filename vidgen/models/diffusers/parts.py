@@ -13,11 +13,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
-from vidgen.checkpoint import folder as folders
-from vidgen.checkpoint.folder import CheckpointFolder, Resolved
+from vidgen.checkpoint.fetch import fetch
+from vidgen.checkpoint.folder import CheckpointFolder
+from vidgen.checkpoint.places import listed, locate
 from vidgen.errors import CheckpointError
 from vidgen.models.diffusers.options import Options, Place
 
@@ -52,16 +50,15 @@ class Part(CheckpointFolder):
     def _hash(self) -> str:
         """Of the config and of each shard, under names that do not depend on where the folder lies."""
         total = sha256(self.read(f"{self.base}/config.json"))
-        for path, size in self.weights(self.base).items():
-            self._header_bytes(path, size)
+        for path in self.weights(self.base):
             own = path.partition("/")[2]
             total.update(own.encode())
-            total.update(folders.block_digest(self.fs, f"{self.root}/{path}", own, size))
+            total.update(self.shard_digest(path, own))
         return total.hexdigest()
 
     def place(self, cache_dir: str) -> Path:
         """The folder on this machine's disk."""
-        return self.fetch(cache_dir) / self.base
+        return fetch(self, cache_dir) / self.base
 
 
 def open_parts(options: Options) -> list[Part]:
@@ -91,43 +88,14 @@ def whole_hash(folder: CheckpointFolder, parts: Sequence[Part]) -> str:
 
 def _open(name: str, place: Place) -> Part:
     key = f"{KEY}.{name}"
-    shown, commit, fs, root = _locate(key, place)
-    root = f"{root.rstrip('/')}/{place.subfolder}" if place.subfolder else root.rstrip("/")
-    try:
-        listing = fs.find(root, detail=True)
-    except OSError as error:
-        raise CheckpointError(f"{key}: {shown} cannot be listed: {error}") from error
+    what = f"{key}: {place.path!r}"
+    resolved, fs, root = locate(what, place.path, place.revision)
+    root = f"{root}/{place.subfolder}" if place.subfolder else root
     above, _, base = root.rpartition("/")
-    inside = fs._strip_protocol(root).rstrip("/") + "/"
-    sizes = {f"{base}/{path.removeprefix(inside)}": int(entry["size"]) for path, entry in sorted(listing.items())}
+    sizes = {f"{base}/{path}": size for path, size in listed(what, fs, root).items()}
     if f"{base}/config.json" not in sizes:
-        raise CheckpointError(f"{key}: {shown} has no config.json; a folder with one component is wanted")
-    part = Part(Resolved(shown, commit), fs, above, sizes, name=name)
+        raise CheckpointError(f"{what} has no config.json; a folder with one component is wanted")
+    part = Part(resolved, fs, above, sizes, name=name)
     if not part.weights(base):
-        raise CheckpointError(f"{key}: {shown} has no safetensors file")
+        raise CheckpointError(f"{what} has no safetensors file")
     return part
-
-
-def _locate(key: str, place: Place) -> tuple[str, str, Any, str]:
-    """(name to show, commit, file system, path in it): a local folder, a hub id at its commit, or any fsspec URL."""
-    if folders.is_hub_id(place.path):
-        from huggingface_hub import HfApi, HfFileSystem
-
-        revision = place.revision or "main"
-        try:
-            commit = str(HfApi().model_info(place.path, revision=revision).sha)
-        except Exception as error:  # by version the client raises requests', httpx's or its own; all mean the same here
-            raise CheckpointError(
-                f"{key}: {place.path!r} is neither a folder here nor could it be resolved at revision {revision!r} on "
-                f"the hub: {type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
-        return place.path, commit, HfFileSystem(), f"{place.path}@{commit}"
-    if place.revision is not None:
-        raise CheckpointError(f"{key}.revision: {place.revision!r} is for the hub; {place.path!r} is not there")
-    if "://" in place.path:
-        try:
-            fs, root = fsspec.core.url_to_fs(place.path)
-        except (ImportError, ValueError) as error:
-            raise CheckpointError(f"{key}: {place.path!r} cannot be opened: {error}") from error
-        return place.path, "", fs, root
-    return place.path, "", LocalFileSystem(), str(Path(place.path).absolute())
