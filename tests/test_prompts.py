@@ -68,7 +68,7 @@ def test_rows_know_their_place_in_the_file_and_in_the_dataset(tmp_path: Path) ->
     for name, count in (("a", 40_000), ("b", 3)):
         write(tmp_path / f"{name}.parquet", {"n": list(range(count))}, row_group_size=9_000)
     batches = list(prompts.read(prompts.open_dataset(str(tmp_path)), ["n"]))
-    assert max(len(batch.row) for batch in batches) <= prompts.BATCH_ROWS
+    assert max(len(batch.row) for batch in batches) <= prompts.rows.BATCH_ROWS
     assert np.array_equal(np.concatenate([b.index for b in batches]), np.arange(40_003))
     for batch in batches:
         assert batch.row.tolist() == batch.data.column("n").to_pylist()

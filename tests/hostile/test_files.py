@@ -344,7 +344,7 @@ def test_file_names_that_are_no_text_are_refused_and_what_is_no_file_is_passed_o
 
 
 def test_long_rows_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(prompts.rows, "BATCH_BYTES", 1 << 20)
     source = tmp_path / "a.parquet"
     table = pa.table({"prompt": [f"{n} " + "fox " * 5_000 for n in range(200)], "n": list(range(200))})
     pq.write_table(table, source, use_dictionary=False)

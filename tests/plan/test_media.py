@@ -341,7 +341,7 @@ def test_a_file_is_looked_at_once_however_many_rows_name_it(
         return at(url, video)
 
     monkeypatch.setattr(inspect, "at", noted)
-    monkeypatch.setattr(prompts, "BATCH_ROWS", 10)
+    monkeypatch.setattr(prompts.rows, "BATCH_ROWS", 10)
     for name in ("a.png", "b.png"):
         (source.parent / name).write_bytes(png(1))
     dataset(source, {"prompt": [f"p{n}" for n in range(50)], "pic": ["a.png", "b.png"] * 25, "end": ["a.png"] * 50})
@@ -360,7 +360,7 @@ def test_of_bytes_in_cells_only_a_few_are_held(source: Path, objects: Objects, m
     dataset(source, {"prompt": ["x"] * 48, "pic": values}, compression="none", use_dictionary=False, write_batch_size=1)
     del noise, values
     most = 4 << 20
-    monkeypatch.setattr(prompts, "CELL_BATCH_BYTES", most)
+    monkeypatch.setattr(prompts.rows, "CELL_BATCH_BYTES", most)
     peak = 0
     held = inspect.held
 

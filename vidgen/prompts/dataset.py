@@ -1,15 +1,13 @@
-"""Parquet to rows: finding the files, one schema over all of them, streaming batches, `where` and `limit`.
+"""Which Parquet files a dataset is, in which order, and the columns they have together: read off names and footers.
 
-A dataset is a file, a folder, a glob or a Hive-partitioned folder below any fsspec URL; it is read in file order (by
-name), row group by row group, and never held whole. A dataset that cannot be read or lacks a column is a PlanError
-naming file and column. Refuses to know what a cell means: `vidgen.plan.rows` does.
+Refuses to read a row.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,21 +15,15 @@ from typing import Any
 from urllib.parse import unquote
 
 import fsspec
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 from fsspec.implementations.local import LocalFileSystem
 
-from vidgen.conditioning.cells import BUFFER_BYTES, batch_rows, storage
-from vidgen.conditioning.limits import CELL_BATCH_BYTES, CELL_BATCH_ROWS
 from vidgen.config_rules import nearest
 from vidgen.errors import PlanError
+from vidgen.prompts.columns import plain
 
-BATCH_ROWS = 16_384
-BATCH_BYTES = 64 * 2**20
-"""About what a batch of text may take, by its average row: prompts of a megabyte come a few dozen at a time."""
 SUFFIXES = (".parquet", ".parq", ".pq")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 FOOTER_THREADS = 8
@@ -77,18 +69,6 @@ class Dataset:
         return sha256(b"".join(file.footer for file in self.files)).hexdigest()[:32]
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Some rows of one file, by its name and its URL. `row` is each one's number in the file and `index` in the whole
-    dataset, both from 0."""
-
-    file: str
-    url: str
-    row: np.ndarray
-    index: np.ndarray
-    data: pa.RecordBatch
-
-
 def open_dataset(path: str) -> Dataset:
     """Finds the files and reads their footers; PlanError if there are none or one is not Parquet."""
     fs, folder, found = _find(path)
@@ -115,91 +95,12 @@ def require(dataset: Dataset, column: str, key: str, allowed: str, fits: Callabl
             names = [*file.schema.names, *dict(file.partitions)]
             raise PlanError(f"{file.name}: no column {column!r} ({key}){nearest(column, names)}")
         kind = file.schema.field(column).type
-        if not pt.is_null(kind) and not fits(_plain(kind)):
+        if not pt.is_null(kind) and not fits(plain(kind)):
             raise PlanError(f"{file.name}: column {column!r} ({key}) is {kind}; allowed: {allowed}")
     kind = dataset.schema.field(column).type
     if not pt.is_null(kind) and not fits(kind):
         raise PlanError(f"{dataset.path}: partition column {column!r} ({key}) is {kind}; allowed: {allowed}")
 
-
-def read(dataset: Dataset, columns: Sequence[str]) -> Iterator[Rows]:
-    """All rows, in batches of at most BATCH_ROWS, with these columns in the dataset's types (null where a file has
-    no such column)."""
-    schema = pa.schema([dataset.schema.field(name) for name in dict.fromkeys(columns)])
-    start = 0
-    for file in dataset.files:
-        own = [name for name in schema.names if name in file.schema.names]
-        done = 0
-        for batch in _batches(dataset, file, own):
-            row = np.arange(done, done + batch.num_rows, dtype=np.int64)
-            yield Rows(file.name, file.url, row, row + start, _conform(batch, file, schema))
-            done += batch.num_rows
-        if done != file.rows:
-            raise PlanError(f"{file.name}: damaged: its footer says {file.rows:,} rows, and there are {done:,}")
-        start += file.rows
-
-
-def select(
-    batches: Iterator[Rows], condition: pc.Expression | None, limit: int | None, keep: Sequence[str]
-) -> Iterator[Rows]:
-    """The rows where `condition` is true, at most `limit` of them in all, with the columns `keep`."""
-    left = limit
-    for rows in batches:
-        if left == 0:
-            return
-        data, row, index = rows.data, rows.row, rows.index
-        if condition is not None:
-            chosen = _chosen(rows, condition)
-            data, row, index = data.take(pa.array(chosen)), row[chosen], index[chosen]
-        if left is not None:
-            data, row, index = data.slice(0, left), row[:left], index[:left]
-            left -= len(row)
-        if len(row):
-            yield Rows(rows.file, rows.url, row, index, data.select(list(dict.fromkeys(keep))))
-
-
-def count_chosen(rows: Rows, condition: pc.Expression | None) -> int:
-    """How many rows of a batch `condition` selects."""
-    return len(rows.row) if condition is None else len(_chosen(rows, condition))
-
-
-def holds_binary(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds bytes, at any depth."""
-    kind = storage(kind)
-    if pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_fixed_size_binary(kind) or pt.is_binary_view(kind):
-        return True
-    if pt.is_dictionary(kind):
-        return holds_binary(kind.value_type)
-    return any(holds_binary(kind.field(i).type) for i in range(kind.num_fields))
-
-
-def texts(column: pa.Array) -> tuple[list[str | None], list[int]]:
-    """The strings of a column, and the positions of those that are not valid UTF-8 (None in the list)."""
-    try:
-        return column.to_pylist(), []
-    except UnicodeDecodeError:
-        values: list[str | None] = []
-        broken = []
-        for position, raw in enumerate(column.cast(pa.binary()).to_pylist()):
-            try:
-                values.append(None if raw is None else raw.decode())
-            except UnicodeDecodeError:
-                values.append(None)
-                broken.append(position)
-        return values, broken
-
-
-def _chosen(rows: Rows, condition: pc.Expression) -> np.ndarray:
-    numbers = pa.array(np.arange(len(rows.row), dtype=np.int64))
-    number = max(rows.data.schema.names, key=len, default="") + "#"  # a name that no column has
-    table = pa.Table.from_batches([rows.data]).append_column(number, numbers)
-    try:
-        return np.asarray(table.filter(condition).columns[-1].to_numpy())
-    except pa.ArrowException as error:
-        raise PlanError(f"dataset.where: {error} ({rows.file})") from error
-
-
-# ---------------------------------------------------------------- files
 
 _Found = tuple[str, str, tuple[tuple[str, str | None], ...]]
 
@@ -286,56 +187,14 @@ def _footer(fs: Any, name: str, path: str) -> tuple[int, pa.Schema, bytes]:
     except PlanError:
         raise
     except DAMAGE as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
     if twice := sorted({column for column in schema.names if schema.names.count(column) > 1}):
         raise PlanError(f"{name}: column {twice[0]!r} stands more than once")
     return rows, schema, digest
 
 
-def _batches(dataset: Dataset, file: SourceFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Batches of a file, of few rows where the columns hold bytes; where none of its own columns are wanted, batches of
-    another one, for their length."""
-    wanted = columns or file.schema.names[:1]
-    binary = any(holds_binary(_plain(file.schema.field(name).type)) for name in wanted)
-    how: dict[str, Any] = {"buffer_size": BUFFER_BYTES, "pre_buffer": False} if binary else {}
-    most = (CELL_BATCH_BYTES, CELL_BATCH_ROWS) if binary else (BATCH_BYTES, BATCH_ROWS)
-    try:
-        with (
-            dataset.fs.open(file.path, "rb") as handle,
-            pq.ParquetFile(handle, page_checksum_verification=True, **how) as parquet,
-        ):
-            if parquet.metadata.num_rows != file.rows:
-                raise PlanError(f"{file.name}: changed while it was being read")
-            batches = parquet.iter_batches(batch_size=batch_rows(parquet.metadata, *most), columns=wanted)
-            yield from _joined(batches, *most)
-    except PlanError:
-        raise
-    except DAMAGE as error:
-        raise _unreadable(file.name, error) from error
-
-
-def _joined(batches: Iterator[pa.RecordBatch], most_bytes: int, most_rows: int) -> Iterator[pa.RecordBatch]:
-    """Neighbouring batches as one, as long as it stays within the limits: where other columns are large, few rows come
-    at a time."""
-    held: list[pa.RecordBatch] = []
-    rows = size = 0
-    for batch in batches:
-        if held and (rows + batch.num_rows > most_rows or size + batch.nbytes > most_bytes):
-            yield from _one(held)
-            held, rows, size = [], 0, 0
-        held.append(batch)
-        rows, size = rows + batch.num_rows, size + batch.nbytes
-    yield from _one(held)
-
-
-def _one(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
-    if len(batches) < 2:
-        return batches
-    joined: list[pa.RecordBatch] = pa.Table.from_batches(batches).combine_chunks().to_batches()
-    return joined
-
-
-def _unreadable(name: str, error: Exception) -> PlanError:
+def unreadable(name: str, error: Exception) -> PlanError:
+    """What to say of a file at which reading raised one of DAMAGE."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, FileNotFoundError):
         return PlanError(f"{name}: no such file")
@@ -344,9 +203,6 @@ def _unreadable(name: str, error: Exception) -> PlanError:
     if isinstance(error, NotImplementedError):
         return PlanError(f"{name}: uses what pyarrow cannot read: {reason}")
     return PlanError(f"{name}: not a Parquet file, or a truncated or damaged one: {reason}")
-
-
-# ---------------------------------------------------------------- columns
 
 
 def _unify(files: Sequence[SourceFile]) -> pa.Schema:
@@ -358,7 +214,7 @@ def _unify(files: Sequence[SourceFile]) -> pa.Schema:
             continue
         seen.add(id(file.schema))
         for column in file.schema:
-            kind = _plain(column.type)
+            kind = plain(column.type)
             before, where = types.get(column.name, (kind, file.name))
             try:
                 merged = pa.unify_schemas(
@@ -389,44 +245,3 @@ def _partition_fields(files: Sequence[SourceFile], own: Mapping[str, Any]) -> li
 
 def _is_whole(text: str) -> bool:
     return text.isascii() and text.lstrip("-").isdigit() and len(text) < 19 and str(int(text)) == text
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type without its encoding: dictionaries, extensions and the large and view forms of text; of a UUID its
-    text."""
-    if pt.is_dictionary(kind):
-        return _plain(kind.value_type)
-    if isinstance(kind, pa.UuidType):
-        return pa.string()
-    if isinstance(kind, pa.BaseExtensionType):
-        return _plain(kind.storage_type)
-    if pt.is_large_string(kind) or pt.is_string_view(kind):
-        return pa.string()
-    return kind
-
-
-def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """A column of a file in the dataset's type."""
-    if isinstance(array.type, pa.UuidType):
-        return pa.array([None if cell is None else str(cell) for cell in array.to_pylist()], kind)
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    return array if array.type == kind else array.cast(kind)
-
-
-def _conform(batch: pa.RecordBatch, file: SourceFile, schema: pa.Schema) -> pa.RecordBatch:
-    partitions = dict(file.partitions)
-    arrays = []
-    for field in schema:
-        if field.name in file.schema.names:
-            try:
-                array = _cast(batch.column(field.name), field.type)
-            except pa.ArrowException as error:
-                raise PlanError(f"{file.name}: column {field.name!r} does not become {field.type}: {error}") from error
-        elif (value := partitions.get(field.name)) is not None:
-            cell = int(value) if pt.is_integer(field.type) else value
-            array = pa.repeat(pa.scalar(cell, field.type), batch.num_rows)
-        else:
-            array = pa.nulls(batch.num_rows, field.type)
-        arrays.append(array)
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
