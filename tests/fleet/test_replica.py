@@ -15,7 +15,8 @@ import pytest
 from tests.fleet.inline import config_for, settings_for, write_prompts
 from vidgen.errors import CapacityError, ConfigError, InfrastructureError, ItemError
 from vidgen.fleet.events import Work
-from vidgen.fleet.replica import Worker, classify, describe
+from vidgen.fleet.failures import classify, describe
+from vidgen.fleet.replica import Worker
 from vidgen.plan.build import build
 from vidgen.plan.files import read_items
 from vidgen.store import commits

@@ -10,7 +10,7 @@ import pytest
 from tests.store.conftest import SECRET
 from tests.store.proxy import Fault, Proxy
 from vidgen.errors import ConfigError, InfrastructureError, UserError
-from vidgen.fleet.replica import classify
+from vidgen.fleet.failures import classify
 from vidgen.store import retry
 from vidgen.store.objects import Objects, new_token
 

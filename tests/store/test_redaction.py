@@ -17,8 +17,8 @@ from tests.store.conftest import SECRET
 from tests.store.proxy import Fault, Proxy
 from vidgen import cli, config
 from vidgen.errors import ConfigError
+from vidgen.fleet.failures import describe
 from vidgen.fleet.opening import open_store
-from vidgen.fleet.replica import describe
 from vidgen.plan.build import build
 from vidgen.plan.files import read_plan, rejected_reasons
 from vidgen.redaction import Secrets, refuse_credentials, shown

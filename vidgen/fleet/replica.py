@@ -9,7 +9,6 @@ gives back events. `vidgen.fleet.cluster` wraps it in an actor.
 from __future__ import annotations
 
 import contextlib
-import errno
 import queue
 import shutil
 import socket
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen import VERSION, family, faults, media
-from vidgen.errors import Cancelled, ConfigError, GangError, GenerationError, InfrastructureError, ItemError
+from vidgen.errors import Cancelled, ConfigError, GangError, ItemError
 from vidgen.fleet import saving, scratch
 from vidgen.fleet.events import BatchGenerated, BatchReturned, Event, ItemDone, ItemFailed, Noted, Work
+from vidgen.fleet.failures import classify, describe
 from vidgen.fleet.gang import BROKEN, Entry, Peers, Watch, in_step
 from vidgen.fleet.saving import Keeper, Pace
 from vidgen.formats import FORMATS
@@ -39,7 +39,6 @@ WRITE_AHEAD = 2
 """Finished videos that may wait for the writer before the engine has to."""
 GATHER_SECONDS = 0.02
 """How long a poll waits for company once something happened: short items would else cost a round trip each."""
-CONNECTION_ERRORS = (ConnectionError, TimeoutError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,27 +370,6 @@ class Worker:
 
     def _fail_as(self, work: Work, error_class: str, text: str) -> None:
         self._events.put(ItemFailed(self.name, work.item.item_id, error_class, text, signature(error_class, text)))
-
-
-def classify(error: BaseException) -> str:
-    """The failure class of an exception: item, capacity or infrastructure."""
-    if isinstance(error, GenerationError):
-        return error.error_class
-    if isinstance(error, MemoryError):
-        return "capacity"
-    if isinstance(error, CONNECTION_ERRORS) or (isinstance(error, OSError) and error.errno in _STORAGE_ERRORS):
-        return InfrastructureError.error_class
-    return "item"
-
-
-_STORAGE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE}
-
-
-def describe(error: BaseException) -> str:
-    """One line: the message, with the type's name unless the error is one of ours."""
-    text = " ".join(str(error).split())
-    named = isinstance(error, GenerationError) and bool(text)
-    return text[:2000] if named else f"{type(error).__name__}: {text}"[:2000]
 
 
 def _check(found: media.Encoded | media.Probe, request: Request, frames: int) -> None:
