@@ -348,7 +348,9 @@ def test_a_distilled_schedule_has_its_own_levels_and_one_forward_a_step(
     """Explicit sigmas, timesteps, or both, whichever the family takes; against diffusers where its call takes them."""
     model, taken = loaded(name), []
     index = open_checkpoint(str(checkpoint(name))).configs()["model_index"]
-    reference = CASES[name].pipeline or parity.reference_of(model.family, CASES[name].task, index["_class_name"])
+    reference = CASES[name].pipeline or parity.reference.pipeline_of(
+        model.family, CASES[name].task, index["_class_name"]
+    )
     scheduler = getattr(diffusers, index["scheduler"][1])
     call = set(signature(getattr(diffusers, reference).__call__).parameters) & set(
         signature(scheduler.set_timesteps).parameters

@@ -46,6 +46,7 @@ def _models(options: argparse.Namespace) -> int:
 def _parity(options: argparse.Namespace) -> int:
     from vidgen import config as configuration
     from vidgen import parity
+    from vidgen.parity.report import show
     from vidgen.types import ModelSettings
 
     # The schema of a job checks names and types; what a job needs beside its sampling is not looked at.
@@ -70,5 +71,5 @@ def _parity(options: argparse.Namespace) -> int:
     if options.json:
         print_json({**asdict(found), "ok": found.ok})
     else:
-        parity.show(found, Console())
+        show(found, Console())
     return 0 if found.ok else FAILED
