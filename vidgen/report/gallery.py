@@ -20,13 +20,13 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 
 from vidgen import faults, manifest, media
 from vidgen.errors import GenerationError
 from vidgen.plan.files import require_plan, total_items
 from vidgen.report import history, status, timeline
+from vidgen.report.page import render
 from vidgen.report.summary import STATUSES, Summary, signature
 from vidgen.report.wording import duration
 from vidgen.store import state as states
@@ -267,8 +267,8 @@ def _write_page(objects: Objects, gallery: Gallery, title: str, fleet: bool) -> 
         "retry": f"vidgen retry {shlex.quote(objects.url)} --where",
         "stamp": f"{time.time():.0f}",
     }
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string((package / "index.html").read_text("utf-8")).render(
+    page = render(
+        "index.html",
         title=title,
         output=objects.url,
         fleet=PurePosixPath(timeline.PAGE).name if fleet else "",
@@ -287,6 +287,7 @@ def _write_page(objects: Objects, gallery: Gallery, title: str, fleet: bool) -> 
         more_failures=len(failures) if len(failures) > MOST_FAILURES else 0,
         total_text=f"{summary.items:,}",
         meta=meta,
+        stamp=meta["stamp"],
     )
     with faults.around("report page"):
         objects.put(gallery.page, page.encode())

@@ -11,11 +11,11 @@ import time
 from dataclasses import dataclass
 from importlib import resources
 
-import jinja2
 import numpy as np
 
 from vidgen import faults
 from vidgen.report.history import ENGINE, Axis, History, Lane
+from vidgen.report.page import render
 from vidgen.report.summary import Summary
 from vidgen.report.wording import duration, size
 from vidgen.store.objects import Objects
@@ -42,14 +42,14 @@ def write(objects: Objects, title: str, history: History, summary: Summary, cost
     package = resources.files("vidgen.report")
     with faults.around("report fleet style"):
         objects.put("report/fleet.css", (package / "fleet.css").read_bytes())
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     axis, lanes = history.axis, _merged(history.lanes)
     settled = float((history.done + history.failed).sum())
     bars = max(count for count in BARS if count <= max(BARS[0], settled / 5))
     done, failed = (values.reshape(bars, -1).sum(1) for values in (history.done, history.failed))
     highest = max(1.0, float((done + failed).max()))
     failures = summary.failures()
-    page = environment.from_string((package / "fleet.html").read_text("utf-8")).render(
+    page = render(
+        "fleet.html",
         title=title,
         output=objects.url,
         stamp=f"{time.time():.0f}",
