@@ -28,12 +28,11 @@ class Codec:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A container: file extension, MIME type, codecs (the first is the default), the highest frame rate it can show,
+    """A container: file extension, codecs (the first is the default), the highest frame rate it can show,
     and ffmpeg's output arguments for (codec, crf); `arguments` None means a zip of PNG frames."""
 
     name: str
     extension: str
-    mime: str
     codecs: tuple[Codec, ...]
     arguments: Callable[[str, int], list[str]] | None
     max_fps: float = 1000.0
@@ -61,13 +60,11 @@ def _gif(codec: str, crf: int) -> list[str]:
 
 
 FORMATS: dict[str, Format] = {
-    "mp4": Format(
-        "mp4", ".mp4", "video/mp4", (Codec("libx264", (1, 51), even=True), Codec("libx265", (1, 51), even=True)), _mp4
-    ),
-    "webm": Format("webm", ".webm", "video/webm", (Codec("libvpx-vp9", (0, 63)),), _webm),
+    "mp4": Format("mp4", ".mp4", (Codec("libx264", (1, 51), even=True), Codec("libx265", (1, 51), even=True)), _mp4),
+    "webm": Format("webm", ".webm", (Codec("libvpx-vp9", (0, 63)),), _webm),
     # A delay is a whole number of 1/100 s and browsers slow delays below 2 down to 10.
-    "gif": Format("gif", ".gif", "image/gif", (Codec("gif"),), _gif, max_fps=50.0),
-    "png": Format("png", ".zip", "application/zip", (Codec("png"),), None),
+    "gif": Format("gif", ".gif", (Codec("gif"),), _gif, max_fps=50.0),
+    "png": Format("png", ".zip", (Codec("png"),), None),
 }
 
 

@@ -22,7 +22,6 @@ from vidgen.errors import ItemError
 from vidgen.media import over_white
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-RESIZE = ("exact", "cover", "contain")
 PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr")
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")

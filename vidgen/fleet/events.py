@@ -27,7 +27,6 @@ class Task:
     suspect: bool = False
     alone: bool = False
     killed_on: set[str] = field(default_factory=set)
-    not_before: float = 0.0
     place: int = 0
     rungs: tuple[str, ...] = ()
     band: int | None = None

@@ -50,7 +50,6 @@ class Order:
 
     def add_later(self, task: Task, when: float) -> None:
         """Adds it once `release` is called at that time or after it."""
-        task.not_before = when
         heapq.heappush(self._later, (when, task.item.ordinal, task))
 
     def release(self, now: float) -> None:

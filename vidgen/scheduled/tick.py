@@ -93,7 +93,7 @@ def tick(
     try:
         report = Report(root.url)
         runs = _plan(root, config, schedule, own, report, say)
-        _drive(root, config, runs, own, limits, drive, report, say)
+        _drive(config, runs, own, limits, drive, report, say)
         if report.exit != INTERRUPTED:
             report.counts = view.update(root, runs)["counts"]
             with faults.around("tick report"):
@@ -239,7 +239,6 @@ class _Limits:
 
 
 def _drive(
-    root: Objects,
     config: JobConfig,
     runs: Sequence[ScheduledRun],
     own: turn.Turn | None,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vidgen.errors import CheckpointError
+from vidgen.specs.clip import ClipVisionParams
 from vidgen.specs.config import (
     check_classes,
     file_of,
@@ -138,18 +139,6 @@ class ClipParams:
 
 
 @dataclass(frozen=True, slots=True)
-class VisionParams:
-    """Sizes of Llava's CLIP vision tower, named as in the vision_config of text_encoder/config.json."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    image_size: int
-    patch_size: int
-    num_channels: int
-
-
-@dataclass(frozen=True, slots=True)
 class Params:
     """A whole checkpoint. `vision` is the tower of a Llava, None where the text encoder is a Llama alone. `recipe` is
     what its vidgen.json puts in place of the published defaults; `dtypes` the published dtype of each component with
@@ -159,7 +148,7 @@ class Params:
     vae: VAEParams
     scheduler: FlowScheduler
     llama: LlamaParams
-    vision: VisionParams | None
+    vision: ClipVisionParams | None
     clip: ClipParams
     recipe: tuple[tuple[str, Any], ...]
     dtypes: tuple[tuple[str, str], ...]
@@ -308,7 +297,9 @@ def llama_params(config: Mapping[str, Any], where: str = file_of("text_encoder")
     return params
 
 
-def llava_params(config: Mapping[str, Any], where: str = file_of("text_encoder")) -> tuple[LlamaParams, VisionParams]:
+def llava_params(
+    config: Mapping[str, Any], where: str = file_of("text_encoder")
+) -> tuple[LlamaParams, ClipVisionParams]:
     """Sizes of a Llava; what an older file leaves out is Llava's own default (transformers, LlavaConfig)."""
     one_of(config, "model_type", ("llava",), where)
     one_of(config, "vision_feature_layer", (-2,), where, default=-2)
@@ -319,11 +310,11 @@ def llava_params(config: Mapping[str, Any], where: str = file_of("text_encoder")
     one_of(tower, "model_type", ("clip_vision_model",), f"{where}, vision_config")
     default = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
     default |= {"image_size": 336, "patch_size": 14, "num_channels": 3}
-    vision = VisionParams(**{name: tower.get(name) or value for name, value in default.items()})
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    if tokens != IMAGE_TOKENS:
+    vision = ClipVisionParams(**{name: tower.get(name) or value for name, value in default.items()})
+    patches = vision.tokens - 1
+    if patches != IMAGE_TOKENS:
         raise CheckpointError(
-            f"{where}, vision_config: image_size {vision.image_size} and patch_size {vision.patch_size} make {tokens} "
+            f"{where}, vision_config: image_size {vision.image_size} and patch_size {vision.patch_size} make {patches} "
             f"tokens; the prompt has room for {IMAGE_TOKENS}"
         )
     return llama_params(take(config, "text_config", where), f"{where}, text_config"), vision

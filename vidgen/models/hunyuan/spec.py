@@ -20,12 +20,12 @@ from vidgen.models.hunyuan.params import (
     LlamaParams,
     TransformerParams,
     VAEParams,
-    VisionParams,
 )
 from vidgen.models.hunyuan.params import PIPELINES as PIPELINES
 from vidgen.models.hunyuan.params import Params as Params
 from vidgen.models.hunyuan.params import read as read
 from vidgen.specs import limits
+from vidgen.specs.clip import ClipVisionParams, clip_layer_weights, clip_vision_weights
 from vidgen.specs.config import DTYPE_BYTES
 from vidgen.types import Request
 
@@ -220,21 +220,17 @@ def llama_weights(t: LlamaParams) -> int:
     return t.vocab_size * d + t.num_hidden_layers * layer + d
 
 
-def llava_weights(t: LlamaParams, vision: VisionParams | None) -> int:
+def llava_weights(t: LlamaParams, vision: ClipVisionParams | None) -> int:
     """Numbers that a Llava has beside its Llama: language head, vision tower, projector."""
     if vision is None:
         return 0
-    v, d, inner = vision, vision.hidden_size, vision.intermediate_size
-    embeddings = d + d * v.num_channels * v.patch_size**2 + (IMAGE_TOKENS + 1) * d
-    layer = 4 * (d * d + d) + 2 * d * inner + inner + d + 2 * 2 * d
-    projector = d * t.hidden_size + t.hidden_size + t.hidden_size**2 + t.hidden_size
-    return t.vocab_size * t.hidden_size + embeddings + v.num_hidden_layers * layer + 2 * 2 * d + projector
+    projector = vision.hidden_size * t.hidden_size + t.hidden_size + t.hidden_size**2 + t.hidden_size
+    return t.vocab_size * t.hidden_size + clip_vision_weights(vision) + projector
 
 
 def clip_weights(c: ClipParams) -> int:
     """Numbers in the weights of a CLIP text model."""
-    d, inner = c.hidden_size, c.intermediate_size
-    layer = 4 * (d * d + d) + 2 * d * inner + inner + d + 2 * 2 * d
+    d, layer = c.hidden_size, clip_layer_weights(c.hidden_size, c.intermediate_size)
     return (c.vocab_size + c.max_position_embeddings) * d + c.num_hidden_layers * layer + 2 * d
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from vidgen.errors import CheckpointError
 from vidgen.models.wan.recipes import PUBLISHED
+from vidgen.specs.clip import ClipVisionParams
 from vidgen.specs.config import (
     check_classes,
     file_of,
@@ -94,23 +95,6 @@ class VAEParams:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageEncoderParams:
-    """Sizes of the CLIP vision model, named as in image_encoder/config.json."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    image_size: int
-    patch_size: int
-    num_channels: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one image: its patches, and one for the whole."""
-        return (self.image_size // self.patch_size) ** 2 + 1
-
-
-@dataclass(frozen=True, slots=True)
 class Params:
     """A whole checkpoint. `boundary_ratio`, where there are two experts, is the noise level (timestep over training
     timesteps) below which `transformer_2` takes over; both have the sizes of `transformer`. `expand_timesteps`: an
@@ -121,7 +105,7 @@ class Params:
     vae: VAEParams
     scheduler: FlowScheduler
     text: T5Params
-    image: ImageEncoderParams | None
+    image: ClipVisionParams | None
     boundary_ratio: float | None
     expand_timesteps: bool
     text_tokens: int
@@ -271,12 +255,12 @@ def transformer_params(config: Mapping[str, Any], where: str = file_of("transfor
     return params
 
 
-def image_encoder_params(config: Mapping[str, Any]) -> ImageEncoderParams:
+def image_encoder_params(config: Mapping[str, Any]) -> ClipVisionParams:
     """Sizes from image_encoder/config.json."""
     where = file_of("image_encoder")
     one_of(config, "model_type", ("clip_vision_model",), where)
-    sizes = {name: take(config, name, where) for name in ImageEncoderParams.__slots__ if name != "num_channels"}
-    return ImageEncoderParams(**sizes, num_channels=config.get("num_channels", 3))
+    sizes = {name: take(config, name, where) for name in ClipVisionParams.__slots__ if name != "num_channels"}
+    return ClipVisionParams(**sizes, num_channels=config.get("num_channels", 3))
 
 
 def vae_params(config: Mapping[str, Any]) -> VAEParams:

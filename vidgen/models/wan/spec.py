@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 from vidgen.models.wan.params import COMPONENTS as COMPONENTS
-from vidgen.models.wan.params import ImageEncoderParams as ImageEncoderParams
 from vidgen.models.wan.params import Params as Params
 from vidgen.models.wan.params import TransformerParams as TransformerParams
 from vidgen.models.wan.params import VAEParams as VAEParams
@@ -30,6 +29,7 @@ from vidgen.models.wan.recipes import (
     PUBLISHED,
     STRENGTH,
 )
+from vidgen.specs.clip import clip_vision_weights
 from vidgen.specs.config import DTYPE_BYTES
 from vidgen.specs.limits import batch_key as shared_batch_key
 from vidgen.specs.limits import (
@@ -211,7 +211,7 @@ def weight_bytes(params: Params) -> int:
     counts = {"vae": vae_weights(params.vae), "text_encoder": t5_weights(params.text)}
     counts |= {name: transformer_weights(params.transformer) for name in params.experts}
     if params.image is not None:
-        counts["image_encoder"] = image_encoder_weights(params.image)
+        counts["image_encoder"] = clip_vision_weights(params.image)
     dtypes = dict(params.dtypes)
     return sum(count * DTYPE_BYTES[dtypes[name]] for name, count in counts.items())
 
@@ -230,14 +230,6 @@ def transformer_weights(t: TransformerParams) -> int:
         image = 2 * i + (i * i + i) + (i * d + d) + 2 * d + (t.pos_embed_seq_len or 0) * i
     ends = (t.in_channels * patch * d + d) + (d * t.out_channels * patch + t.out_channels * patch) + 2 * d
     return t.num_layers * block + time + text + image + ends
-
-
-def image_encoder_weights(i: ImageEncoderParams) -> int:
-    """Numbers in the weights of the CLIP vision model."""
-    d, inner = i.hidden_size, i.intermediate_size
-    embeddings = d + d * i.num_channels * i.patch_size**2 + i.tokens * d
-    layer = 4 * (d * d + d) + 2 * d * inner + inner + d + 2 * 2 * d
-    return embeddings + i.num_hidden_layers * layer + 2 * 2 * d
 
 
 def vae_weights(v: VAEParams) -> int:
