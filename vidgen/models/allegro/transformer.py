@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vidgen.models.allegro.params import TransformerParams
 from vidgen.nn.attention import attention
+from vidgen.nn.feed_forward import FeedForward
 from vidgen.nn.norms import FP32LayerNorm
 from vidgen.parallel import IDENTITY, ContextParallel
 
@@ -66,25 +67,6 @@ class Attention(nn.Module):
         return self.to_out[0](x.flatten(2))
 
 
-class GELU(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # The checkpoint counts a dropout between the two.
-        self.net = nn.Sequential(GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class Block(nn.Module):
     """Self-attention, cross-attention to the text (which is neither normed nor modulated), feed-forward. The residual
     stream keeps the dtype of the weights; norms, modulation and gates are fp32 and are rounded once."""
@@ -96,7 +78,7 @@ class Block(nn.Module):
         self.attn1 = Attention(params)
         self.attn2 = Attention(params)
         self.norm2 = FP32LayerNorm(width, eps, elementwise_affine=False)
-        self.ff = FeedForward(width)
+        self.ff = FeedForward(width, 4 * width)
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vidgen.models.cogvideox.params import TransformerParams
 from vidgen.nn.attention import Projections, joint_attention
+from vidgen.nn.feed_forward import FeedForward
 from vidgen.nn.rope import Rope, rotate
 from vidgen.parallel import IDENTITY, ContextParallel
 
@@ -54,25 +55,6 @@ class Attention(nn.Module):
         return self.to_out[0](x.flatten(2))
 
 
-class GELU(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # The checkpoint counts a dropout between the two.
-        self.net = nn.Sequential(GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class LayerNormZero(nn.Module):
     """One norm for video and text, each with its own shift, scale and gate from the time embedding."""
 
@@ -97,7 +79,7 @@ class Block(nn.Module):
         self.norm1 = LayerNormZero(params)
         self.attn1 = Attention(params)
         self.norm2 = LayerNormZero(params)
-        self.ff = FeedForward(params.width)
+        self.ff = FeedForward(params.width, 4 * params.width)
 
     def forward(
         self, video: Tensor, text: Tensor, time: Tensor, rope: Rope | None, cp: ContextParallel = IDENTITY

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vidgen.models.hunyuan.params import REPLACE, TransformerParams
 from vidgen.nn.attention import Projections, attention, joint_attention
+from vidgen.nn.feed_forward import FeedForward, gelu
 from vidgen.nn.rope import Rope, grid_rope, rotate
 from vidgen.parallel import IDENTITY, ContextParallel
 
@@ -142,28 +143,6 @@ class Attention(nn.Module):
         return self.norm_added_q(q), self.norm_added_k(k), v
 
 
-class Activated(nn.Module):
-    """A linear layer and its activation, named as in the checkpoint."""
-
-    def __init__(self, width: int, inner: int, activation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, inner)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.proj(x))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int, inner: int, activation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        # The checkpoint counts a dropout between the two.
-        self.net = nn.Sequential(Activated(width, inner, activation), nn.Identity(), nn.Linear(inner, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class DualBlock(nn.Module):
     """Video and text with weights of their own, and one attention over both. Parts of a modulation: shift, scale and
     gate of the attention, then of the feed-forward."""
@@ -173,8 +152,8 @@ class DualBlock(nn.Module):
         self.norm1 = AdaNorm(params.width, 6)
         self.norm1_context = AdaNorm(params.width, 6)
         self.attn = Attention(params, added=True, ends=True)
-        self.ff = FeedForward(params.width, params.ffn_dim, _gelu)
-        self.ff_context = FeedForward(params.width, params.ffn_dim, _gelu)
+        self.ff = FeedForward(params.width, params.ffn_dim)
+        self.ff_context = FeedForward(params.width, params.ffn_dim)
 
     def forward(
         self, x: Tensor, c: Tensor, moment: Moment, rope: Rope, lengths: Sequence[int], cp: ContextParallel
@@ -214,7 +193,7 @@ class SingleBlock(nn.Module):
         return x, c
 
     def _out(self, attended: Tensor, x: Tensor) -> Tensor:
-        return self.proj_out(torch.cat([attended.flatten(2), _gelu(self.proj_mlp(x))], dim=2))
+        return self.proj_out(torch.cat([attended.flatten(2), gelu(self.proj_mlp(x))], dim=2))
 
 
 class Embedding(nn.Module):
@@ -271,7 +250,7 @@ class RefinerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=EPS)
         self.attn = RefinerAttention(params)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
-        self.ff = FeedForward(width, REFINER_RATIO * width, F.silu)
+        self.ff = FeedForward(width, REFINER_RATIO * width, activation=F.silu)
         self.norm_out = AdaNorm(width, 2)
 
     def forward(self, c: Tensor, moment: Moment, mask: Tensor | None) -> Tensor:
@@ -403,7 +382,3 @@ class HunyuanVideoTransformer3DModel(nn.Module):
 
 def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vidgen.models.ltx.params import TIME_CHANNELS, TransformerParams
 from vidgen.nn.attention import attention
+from vidgen.nn.feed_forward import FeedForward
 from vidgen.nn.rope import Rope, rotate
 from vidgen.parallel import IDENTITY, ContextParallel
 
@@ -78,25 +79,6 @@ class Attention(nn.Module):
         return self.to_out[0](x.flatten(2))
 
 
-class GELU(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # The checkpoint counts a dropout between the two.
-        self.net = nn.Sequential(GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class Block(nn.Module):
     """Self-attention, cross-attention to the text (which is neither normed nor modulated), feed-forward."""
 
@@ -106,7 +88,7 @@ class Block(nn.Module):
         self.attn1 = Attention(params)
         self.norm2 = nn.RMSNorm(params.width, eps=params.norm_eps, elementwise_affine=False)
         self.attn2 = Attention(params)
-        self.ff = FeedForward(params.width)
+        self.ff = FeedForward(params.width, 4 * params.width)
         self.scale_shift_table = nn.Parameter(torch.randn(6, params.width) / params.width**0.5)
 
     def forward(

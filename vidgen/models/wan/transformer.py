@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vidgen.models.wan.params import TransformerParams
 from vidgen.nn.attention import attention
+from vidgen.nn.feed_forward import FeedForward
 from vidgen.nn.norms import FP32LayerNorm
 from vidgen.nn.rope import Rope, grid_rope, rotate
 from vidgen.parallel import IDENTITY, ContextParallel
@@ -87,26 +88,6 @@ class Attention(nn.Module):
         return self.to_out[0](x.flatten(2))
 
 
-class GELU(nn.Module):
-    def __init__(self, width: int, inner: int, approximate: str) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, inner)
-        self.approximate = approximate
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate=self.approximate)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int, inner: int, out: int, approximate: str = "tanh") -> None:
-        super().__init__()
-        # The checkpoint counts a dropout between the two.
-        self.net = nn.Sequential(GELU(width, inner, approximate), nn.Identity(), nn.Linear(inner, out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class Block(nn.Module):
     """Self-attention, cross-attention to text and image, feed-forward. The residual stream keeps the dtype of the
     weights; norms, modulation and gates are fp32 and are rounded once."""
@@ -119,7 +100,7 @@ class Block(nn.Module):
         self.norm2 = FP32LayerNorm(width, eps) if params.cross_attn_norm else nn.Identity()
         self.attn2 = Attention(params, params.added_kv_proj_dim)
         self.norm3 = FP32LayerNorm(width, eps, elementwise_affine=False)
-        self.ffn = FeedForward(width, params.ffn_dim, width)
+        self.ffn = FeedForward(width, params.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
     def forward(
@@ -168,7 +149,7 @@ class ImageEmbedder(nn.Module):
     def __init__(self, inputs: int, width: int, positions: int | None) -> None:
         super().__init__()
         self.norm1 = FP32LayerNorm(inputs)
-        self.ff = FeedForward(inputs, inputs, width, approximate="none")
+        self.ff = FeedForward(inputs, inputs, width, F.gelu)
         self.norm2 = FP32LayerNorm(width)
         self.pos_embed = None if positions is None else nn.Parameter(torch.zeros(1, positions, inputs))
 
