@@ -19,20 +19,21 @@ WORDS = {
 REFUSED = 2
 
 
-@pytest.fixture
-def writes() -> list[str]:
-    """The points at which a local disk is written."""
-    return points.by_file()["store/local.py"]
+WRITES = points.by_file()["store/local.py"]
+"""The points at which a local disk is written."""
+
+
+def writes_of(who: str, server: Server, folder: Path) -> list[str]:
+    """Those that a driver, or a replica, passes in a run."""
+    passed = watched(Job(server, folder / "watched"), folder / "kept", steps=1)
+    return [point for point in WRITES if (who, point) in passed]
 
 
 @pytest.mark.parametrize("errno", [*WORDS, "EIO"])
 def test_a_replica_whose_write_fails_makes_the_item_again_and_charges_nobody(
-    server: Server, tmp_path: Path, writes: list[str], errno: str, hits: Counter[str]
+    server: Server, tmp_path: Path, errno: str, hits: Counter[str]
 ) -> None:
-    passed = watched(Job(server, tmp_path / "watched"), tmp_path / "kept", steps=1)
-    for point in writes:
-        if ("replica", point) not in passed:
-            continue
+    for point in writes_of("replica", server, tmp_path):
         job = Job(server, tmp_path / point)
         life = job.generate("--no-report", faults=[Fault("replica", point, action=errno)])
         assert life.gone() == 3, job.log()
@@ -46,12 +47,9 @@ def test_a_replica_whose_write_fails_makes_the_item_again_and_charges_nobody(
 
 @pytest.mark.parametrize("errno", WORDS)
 def test_a_driver_that_cannot_write_stops_with_the_reason_and_the_next_one_goes_on(
-    server: Server, tmp_path: Path, writes: list[str], errno: str, hits: Counter[str]
+    server: Server, tmp_path: Path, errno: str, hits: Counter[str]
 ) -> None:
-    passed = watched(Job(server, tmp_path / "watched"), tmp_path / "kept", steps=1)
-    for point in writes:
-        if ("driver", point) not in passed:
-            continue
+    for point in writes_of("driver", server, tmp_path):
         for count in range(1, 8):
             job = Job(server, tmp_path / f"{point}-{count}")
             life = job.generate("--no-report", faults=[Fault("driver", point, count, action=errno)])
@@ -67,11 +65,9 @@ def test_a_driver_that_cannot_write_stops_with_the_reason_and_the_next_one_goes_
             job.check_end()
 
 
-def test_a_driver_whose_disk_is_shaky_once_goes_on(
-    server: Server, tmp_path: Path, writes: list[str], hits: Counter[str]
-) -> None:
+def test_a_driver_whose_disk_is_shaky_once_goes_on(server: Server, tmp_path: Path, hits: Counter[str]) -> None:
     job = Job(server, tmp_path / "job")
-    life = job.generate("--no-report", faults=[Fault("driver", point, 2, action="EIO") for point in writes])
+    life = job.generate("--no-report", faults=[Fault("driver", point, 2, action="EIO") for point in WRITES])
     assert life.gone() == 3, job.log()
     assert job.fired()
     hits.update(f"driver: {fault.point} EIO" for fault in job.fired())

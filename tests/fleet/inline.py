@@ -23,7 +23,7 @@ from vidgen.plan.build import build
 from vidgen.plan.files import read_plan
 from vidgen.store import commits, epochs, state
 from vidgen.store.objects import Objects
-from vidgen.types import ModelSettings
+from vidgen.types import ModelSettings, Plan
 
 
 class InlineFleet:
@@ -94,6 +94,17 @@ def config_for(dataset: str, output: str, **overrides: Any) -> configuration.Job
     return configuration.from_dict(
         values, "test", [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
     )
+
+
+def planned(
+    folder: Path, sides: Sequence[int], **overrides: Any
+) -> tuple[configuration.JobConfig, Objects, tuple[Plan, ...]]:
+    """A job in `folder` whose rows are squares of these sides, its output, and its plan."""
+    prompts = write_prompts(folder / "p.parquet", len(sides), h=list(sides), w=list(sides))
+    config = config_for(prompts, str(folder / "out"), **overrides)
+    config.dataset.columns |= {"height": "h", "width": "w"}
+    objects = Objects(config.output.path)
+    return config, objects, build(config, objects).plans
 
 
 def drive(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fleet.inline import config_for, drive, write_prompts
+from tests.fleet.inline import config_for, drive, planned, write_prompts
 from vidgen import cli, manifest
 from vidgen.fleet.dispatch import Rules
 from vidgen.fleet.opening import Run
@@ -25,12 +25,7 @@ from vidgen.types import Plan, Record
 
 
 def small_and_large(tmp_path: Path, **overrides: Any) -> tuple[Any, Objects, tuple[Plan, ...]]:
-    sizes = [32] * 12 + [64] * 2
-    prompts = write_prompts(tmp_path / "p.parquet", 14, h=sizes, w=sizes)
-    config = config_for(prompts, str(tmp_path / "out"), **overrides)
-    config.dataset.columns |= {"height": "h", "width": "w"}
-    objects = Objects(config.output.path)
-    return config, objects, build(config, objects).plans
+    return planned(tmp_path, [32] * 12 + [64] * 2, **overrides)
 
 
 def test_a_sample_is_made_and_nothing_else_and_the_run_goes_on_with_what_is_left(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fleet.inline import config_for, write_prompts
+from tests.fleet.inline import planned
 from vidgen.plan import forecast, sample
 from vidgen.plan.build import build
 from vidgen.plan.cost import GPU_TFLOPS
@@ -21,12 +21,7 @@ from vidgen.types import Plan
 
 def mixed(tmp_path: Path, **overrides: Any) -> tuple[Any, Objects, tuple[Plan, ...]]:
     """30 small clips and 3 of four times the pixels."""
-    heights = [32] * 30 + [64] * 3
-    prompts = write_prompts(tmp_path / "p.parquet", 33, h=heights, w=heights)
-    config = config_for(prompts, str(tmp_path / "out"), **overrides)
-    config.dataset.columns |= {"height": "h", "width": "w"}
-    objects = Objects(config.output.path)
-    return config, objects, build(config, objects).plans
+    return planned(tmp_path, [32] * 30 + [64] * 3, **overrides)
 
 
 def costing(plans: tuple[Plan, ...], *tflops: float) -> tuple[Plan, ...]:

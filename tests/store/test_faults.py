@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
 
 from tests.store.conftest import SECRET
 from tests.store.proxy import Fault, Proxy
+from tests.store.test_objects import race
 from vidgen.errors import ConfigError, InfrastructureError, UserError
 from vidgen.fleet.failures import classify
 from vidgen.store import retry
@@ -95,21 +95,7 @@ def test_a_412_about_an_object_that_is_gone_is_tried_again(spoilt: Objects, prox
 def test_of_many_writers_behind_a_failing_store_exactly_one_creates(spoilt: Objects, proxy: Proxy) -> None:
     for fault in TEMPORARY.values():
         spoil(proxy, fault)
-    won: list[str] = []
-    barrier = threading.Barrier(8)
-
-    def write() -> None:
-        token = new_token()
-        barrier.wait()
-        if spoilt.create("race", f"{token} was here".encode(), token):
-            won.append(token)
-
-    threads = [threading.Thread(target=write) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [f"{token} was here".encode() for token in won] == [spoilt.read("race")]
+    assert race(spoilt) == [spoilt.read("race")]
 
 
 @pytest.mark.parametrize("kind", ["truncate", "slow"])
