@@ -131,6 +131,7 @@ class Worker:
         return self.node
 
     def submit(self, batch: int, works: tuple[Work, ...]) -> None:
+        """Queues a batch under its number; a replica that leaves gives it back at once."""
         self._batches.put((batch, works))
         if self._keeper.leaving:
             self.recall()

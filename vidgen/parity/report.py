@@ -44,6 +44,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether every stage and the frames are within their limits."""
         return all(stage.ok for stage in self.stages) and self.psnr >= self.least_psnr
 
 

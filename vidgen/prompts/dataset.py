@@ -61,6 +61,7 @@ class Dataset:
 
     @property
     def rows(self) -> int:
+        """Of all files, as their footers say."""
         return sum(file.rows for file in self.files)
 
     @property
