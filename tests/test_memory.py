@@ -15,16 +15,10 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor
-from transformers import T5Config
 
 from tests.live_bytes import fullest
-from tests.models.allegro import published as allegro
-from tests.models.cogvideox import published as cogvideox
 from tests.models.hunyuan import published as hunyuan
-from tests.models.ltx import test_transformer as ltx_transformers
-from tests.models.ltx import test_vae as ltx_vaes
-from tests.models.mochi import published as mochi
-from tests.models.wan import configurations as wan
+from tests.models.published import find
 from vidgen import family, memory
 from vidgen.memory import GIB, Sizing
 from vidgen.models.allegro.transformer import AllegroTransformer3DModel
@@ -46,8 +40,7 @@ from vidgen.types import Media, Request
 
 BF16 = torch.bfloat16
 LIBRARY: Any = diffusers
-Configs = dict[str, dict[str, Any]]
-T5 = T5Config(**mochi.TEXT_ENCODER, dtype="bfloat16").to_dict()
+published = cache(find)
 MEDIA = Media("", "")
 
 PUBLISHED: Mapping[str, tuple[float, str, str | None, bool, int]] = {
@@ -66,48 +59,6 @@ PUBLISHED: Mapping[str, tuple[float, str, str | None, bool, int]] = {
 """HunyuanVideo at 512 x 768 x 121 in bf16 with diffusers, GiB, and by how many per cent our engine's prediction is off.
 Our networks have less alive than theirs (11.6 GiB for 14.7 in the decoder, buffers apart; 3.6 for 5.0 in a block), so
 most are below; bitsandbytes' 8 bits have buffers of their own, which are not predicted."""
-
-
-@cache
-def checkpoint(name: str) -> Configs:
-    """The parsed files of a published checkpoint, in bf16."""
-    if name.startswith("Wan"):
-        heads, ffn, layers = (12, 8960, 30) if name.endswith("1.3B") else (40, 13824, 40)
-        found = wan.full_size(heads, ffn, layers)
-    elif name.startswith("LTX"):
-        _, size, version = name.split()
-        with torch.device("meta"):
-            transformer = LIBRARY.LTXVideoTransformer3DModel(**ltx_transformers.PUBLISHED[size]).config
-            vae = LIBRARY.AutoencoderKLLTXVideo(**ltx_vaes.PUBLISHED[version]).config
-        index = {"_class_name": "LTXPipeline"}
-        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-        found = {"model_index": index, "transformer": dict(transformer), "vae": dict(vae), "scheduler": scheduler}
-        found["text_encoder"] = T5
-    elif name == "Mochi":
-        found = {
-            "model_index": mochi.MODEL_INDEX,
-            "transformer": mochi.TRANSFORMER,
-            "vae": mochi.VAE,
-            "text_encoder": T5,
-            "scheduler": mochi.SCHEDULER,
-        }
-    elif name == "Allegro":
-        found = allegro.configs()
-    elif name.startswith("Hunyuan"):
-        found = hunyuan.configs(name)
-    else:
-        found = cogvideox.PUBLISHED[name]
-    return {**found, "vidgen": {"dtype": "bfloat16"}}
-
-
-FAMILY = {
-    "Wan": "wan",
-    "LTX": "ltx",
-    "Mochi": "mochi",
-    "Allegro": "allegro",
-    "Hunyuan": "hunyuan",
-    "CogVideo": "cogvideox",
-}
 
 
 @dataclass(frozen=True)
@@ -130,9 +81,9 @@ class Bound:
 
 
 def bound(name: str, **options: Any) -> Bound:
-    kind = next(kind for prefix, kind in FAMILY.items() if name.startswith(prefix))
+    kind, configs = published(name)
     spec: Any = family.spec(kind)
-    params = spec.read(checkpoint(name))
+    params = spec.read({**configs, "vidgen": {"dtype": "bfloat16"}})
     sizing = memory.sizing(kind, spec, params, **options)
     assert sizing is not None
     return Bound(name, spec, params, sizing)
@@ -183,7 +134,7 @@ def test_so_counted_diffusers_networks_take_what_was_measured_of_them() -> None:
 @pytest.mark.parametrize(("name", "measured"), [("CogVideoX1.5-5B", 36.51), ("LTX 2B 0.9.0", 17.75)])
 def test_so_counted_other_decoders_take_what_was_measured_of_them(name: str, measured: float) -> None:
     weights = sum(component.bytes for component in bound(name).sizing.components.values())
-    config = {key: value for key, value in checkpoint(name)["vae"].items() if not key.startswith("_")}
+    config = {key: value for key, value in published(name)[1]["vae"].items() if not key.startswith("_")}
     if name.startswith("LTX"):
         vae = on_meta(lambda: LIBRARY.AutoencoderKLLTXVideo(**config))
         z = empty(1, 128, 16, 16, 24)

@@ -112,3 +112,6 @@ def configs(name: str = "Allegro") -> dict[str, dict[str, Any]]:
         "text_encoder": dict(TEXT_ENCODER),
         "scheduler": dict(SCHEDULER),
     }
+
+
+CHECKPOINTS = {name: configs(name) for name in TRANSFORMERS}

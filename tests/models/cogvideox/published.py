@@ -117,7 +117,7 @@ def _checkpoint(pipeline: str, transformer: dict[str, Any], vae: dict[str, Any],
     return {**configs, "text_encoder": _TEXT, "scheduler": _SCHEDULER} | changes
 
 
-PUBLISHED: dict[str, Configs] = {
+CHECKPOINTS: dict[str, Configs] = {
     "CogVideoX-2b": _checkpoint(
         "CogVideoXPipeline",
         {},

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.cogvideox import tiny_checkpoint
-from tests.models.cogvideox.published import PUBLISHED, Configs
+from tests.models.cogvideox.published import CHECKPOINTS, Configs
 from vidgen.errors import CheckpointError, ConfigError
 from vidgen.models.cogvideox import spec
 from vidgen.models.cogvideox.transformer import CogVideoXTransformer3DModel
@@ -26,11 +26,11 @@ from vidgen.models.cogvideox.vae import CogVideoXVAE
 from vidgen.types import Media, Request
 
 MEDIA = Media("file:///x", "0" * 64)
-TASK = {name: "i2v" if name.endswith("I2V") else "t2v" for name in PUBLISHED}
+TASK = {name: "i2v" if name.endswith("I2V") else "t2v" for name in CHECKPOINTS}
 
 
 def params_of(name: str) -> spec.Params:
-    return spec.read(PUBLISHED[name])
+    return spec.read(CHECKPOINTS[name])
 
 
 def request(name: str, task: str | None = None, **changes: Any) -> Request:
@@ -47,7 +47,7 @@ def broken(name: str, task: str | None = None, **changes: Any) -> str:
 
 
 def with_change(name: str, component: str, **values: Any) -> Configs:
-    configs = copy.deepcopy(PUBLISHED[name])
+    configs = copy.deepcopy(CHECKPOINTS[name])
     configs[component] = {**configs.get(component, {}), **values}
     return configs
 
@@ -83,7 +83,7 @@ def test_defaults_of_video_to_video_can_be_done(name: str, frames: int) -> None:
     assert not spec.problems(made, params_of(name), {})
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_task_is_the_checkpoints_or_refused(name: str) -> None:
     own = {"i2v"} if TASK[name] == "i2v" else {"t2v", "v2v"}
     for task in (*spec.TASKS, "t2i"):
@@ -226,13 +226,13 @@ def test_an_option_that_is_not_honoured_is_refused_by_name(
 
 
 def test_a_missing_file_is_named() -> None:
-    configs = copy.deepcopy(PUBLISHED["CogVideoX-2b"])
+    configs = copy.deepcopy(CHECKPOINTS["CogVideoX-2b"])
     del configs["vae"]
     with pytest.raises(CheckpointError, match=r"vae/config.json is missing"):
         spec.read(configs)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_weights_are_counted_as_the_modules_have_them(name: str) -> None:
     params = params_of(name)
     with torch.device("meta"):
@@ -290,10 +290,10 @@ def test_a_forward_of_the_5b_costs_what_is_known() -> None:
     assert spec.tokens(request("CogVideoX1.5-5B"), params_of("CogVideoX1.5-5B")) == 11 * 48 * 85
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_tiles_are_the_oracles_own(name: str) -> None:
     params = params_of(name)
-    config = {key: value for key, value in PUBLISHED[name]["vae"].items() if not key.startswith("_")}
+    config = {key: value for key, value in CHECKPOINTS[name]["vae"].items() if not key.startswith("_")}
     with torch.device("meta"):
         oracle = AutoencoderKLCogVideoX(**config)
     tiles = spec.tiling("on", request(name), params)

@@ -11,7 +11,7 @@ from diffusers import CogVideoXTransformer3DModel as OracleTransformer
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
-from tests.models.cogvideox.published import PUBLISHED
+from tests.models.cogvideox.published import CHECKPOINTS
 from tests.models.cogvideox.tiny_checkpoint import KINDS, build_transformer
 from vidgen.models.cogvideox.params import transformer_params
 from vidgen.models.cogvideox.transformer import CogVideoXTransformer3DModel
@@ -128,9 +128,9 @@ def test_half_precision_is_as_near_to_fp32_as_the_oracles(kind: str, dtype: torc
     assert float((found - exact).abs().mean()) <= 1.2 * float((theirs - exact).abs().mean())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_keys_and_shapes_are_the_published_checkpoints(name: str) -> None:
-    config = {key: value for key, value in PUBLISHED[name]["transformer"].items() if not key.startswith("_")}
+    config = {key: value for key, value in CHECKPOINTS[name]["transformer"].items() if not key.startswith("_")}
     small = config | {"num_layers": 2}  # One layer is like another.
     if not small.get("use_learned_positional_embeddings"):
         small |= {"sample_height": 8, "sample_width": 8}  # Else the oracle counts out positions that it does not store.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from tests.models.cogvideox.published import PUBLISHED
+from tests.models.cogvideox.published import CHECKPOINTS
 from tests.models.cogvideox.tiny_checkpoint import build_vae
 from vidgen.models.cogvideox.params import vae_params
 from vidgen.models.cogvideox.vae import CogVideoXVAE, chunks
@@ -142,9 +142,9 @@ def test_chunks_go_by_size_with_the_rest_in_the_first() -> None:
     assert lengths == {1: [1], 8: [8], 9: [9], 16: [8, 8], 17: [9, 8], 25: [9, 8, 8]}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_keys_and_shapes_are_the_published_checkpoints(name: str) -> None:
-    config = {key: value for key, value in PUBLISHED[name]["vae"].items() if not key.startswith("_")}
+    config = {key: value for key, value in CHECKPOINTS[name]["vae"].items() if not key.startswith("_")}
     with torch.device("meta"):
         oracle, own = AutoencoderKLCogVideoX(**config), CogVideoXVAE(vae_params(config))
     expected = {key: tuple(value.shape) for key, value in oracle.state_dict().items()}

@@ -156,3 +156,6 @@ def configs(name: str) -> Configs:
         "text_encoder_2": dict(CLIP),
         "scheduler": dict(SCHEDULER),
     }
+
+
+CHECKPOINTS = {name: configs(name) for name in TRANSFORMERS}

@@ -16,8 +16,7 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.ltx import tiny_checkpoint
-from tests.models.ltx.test_transformer import PUBLISHED as TRANSFORMERS
-from tests.models.ltx.test_vae import PUBLISHED as VAES
+from tests.models.ltx.published import TRANSFORMERS, VAES
 from vidgen.errors import CheckpointError, ConfigError
 from vidgen.models.ltx import spec
 from vidgen.models.ltx.transformer import LTXVideoTransformer3DModel

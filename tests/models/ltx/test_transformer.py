@@ -10,6 +10,7 @@ import torch
 from diffusers import LTXVideoTransformer3DModel as Oracle
 from torch import Tensor
 
+from tests.models.ltx.published import TRANSFORMERS
 from tests.models.ltx.tiny_checkpoint import TRANSFORMER
 from tests.models.offline import randomise
 from vidgen.models.ltx.params import transformer_params
@@ -25,10 +26,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "three_heads": {"num_attention_heads": 3, "attention_head_dim": 14, "cross_attention_dim": 42, "num_layers": 3},
     "no_remainder_of_rope": {"attention_head_dim": 24, "cross_attention_dim": 48},
     "coarse_norms": {"norm_eps": 1e-2},
-}
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "2B": {},
-    "13B": {"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48},
 }
 GRID = (3, 2, 3)
 TOKENS = 18
@@ -164,10 +161,10 @@ def test_bfloat16_is_as_close_to_fp32_as_diffusers_is() -> None:
     assert (found.float() - exact).abs().mean() < 1.1 * (half - exact).abs().mean()
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("size", TRANSFORMERS)
 def test_keys_and_shapes_of_the_published_transformers_equal_diffusers(size: str) -> None:
     with torch.device("meta"):
-        oracle = Oracle(**PUBLISHED[size])
+        oracle = Oracle(**TRANSFORMERS[size])
         native = LTXVideoTransformer3DModel(transformer_params(oracle.config))
     shapes = {key: tuple(value.shape) for key, value in native.state_dict().items()}
     assert shapes == {key: tuple(value.shape) for key, value in oracle.state_dict().items()}

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLLTXVideo
 from torch import Tensor
 
 from tests.models.ltx import tiny_checkpoint
+from tests.models.ltx.published import VAES
 from vidgen.models.ltx.params import vae_params
 from vidgen.models.ltx.vae import LTXVAE
 from vidgen.sampling.step import Draws
@@ -184,40 +185,10 @@ def test_statistics_are_applied_as_the_diffusers_pipeline_does() -> None:
     assert torch.equal(native.normalise(latents()), (latents() - mean) * 1.0 / std)
 
 
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "0.9.0": {},
-    "0.9.1": {
-        "decoder_block_out_channels": (256, 512, 1024),
-        "decoder_layers_per_block": (5, 6, 7, 8),
-        "decoder_spatio_temporal_scaling": (True, True, True),
-        "decoder_inject_noise": (True, True, True, False),
-        "upsample_residual": (True, True, True),
-        "upsample_factor": (2, 2, 2),
-        "timestep_conditioning": True,
-    },
-    "0.9.5": {
-        "block_out_channels": (128, 256, 512, 1024, 2048),
-        "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
-        "layers_per_block": (4, 6, 6, 2, 2),
-        "spatio_temporal_scaling": (True, True, True, True),
-        "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
-        "decoder_block_out_channels": (256, 512, 1024),
-        "decoder_layers_per_block": (5, 5, 5, 5),
-        "decoder_spatio_temporal_scaling": (True, True, True),
-        "decoder_inject_noise": (False, False, False, False),
-        "upsample_residual": (True, True, True),
-        "upsample_factor": (2, 2, 2),
-        "timestep_conditioning": True,
-        "spatial_compression_ratio": 32,
-        "temporal_compression_ratio": 8,
-    },
-}
-
-
-@pytest.mark.parametrize("version", PUBLISHED)
+@pytest.mark.parametrize("version", VAES)
 def test_keys_and_shapes_of_the_published_autoencoders_equal_diffusers(version: str) -> None:
     with torch.device("meta"):
-        oracle = AutoencoderKLLTXVideo(**PUBLISHED[version])
+        oracle = AutoencoderKLLTXVideo(**VAES[version])
         native = LTXVAE(vae_params(oracle.config))
     shapes = {key: tuple(value.shape) for key, value in native.state_dict().items()}
     assert shapes == {key: tuple(value.shape) for key, value in oracle.state_dict().items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.models.published import t5_xxl
+
 MODEL_INDEX: dict[str, Any] = {
     "_class_name": "MochiPipeline",
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -69,16 +71,6 @@ VAE: dict[str, Any] = {
     "spatial_expansions": [2, 2, 2],
     "temporal_expansions": [1, 2, 3],
 }
-TEXT_ENCODER: dict[str, Any] = {
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_heads": 64,
-    "num_layers": 24,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-}
-"""T5 v1.1 xxl, as arguments of T5Config."""
 SCHEDULER: dict[str, Any] = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,
@@ -89,4 +81,13 @@ SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "shift": 1.0,
     "use_dynamic_shifting": False,
+}
+CHECKPOINTS = {
+    "Mochi": {
+        "model_index": MODEL_INDEX,
+        "transformer": TRANSFORMER,
+        "vae": VAE,
+        "text_encoder": t5_xxl(),
+        "scheduler": SCHEDULER,
+    }
 }

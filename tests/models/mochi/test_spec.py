@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
 from tests.models.mochi import published, tiny_checkpoint
+from tests.models.published import T5_XXL, t5_xxl
 from vidgen.errors import CheckpointError, ConfigError
 from vidgen.models.mochi import spec
 from vidgen.models.mochi.transformer import MochiTransformer3DModel
@@ -32,7 +33,7 @@ def full_size() -> Configs:
         "model_index": dict(published.MODEL_INDEX),
         "transformer": dict(published.TRANSFORMER),
         "vae": dict(published.VAE),
-        "text_encoder": T5Config(**published.TEXT_ENCODER, dtype="float32").to_dict(),
+        "text_encoder": t5_xxl("float32"),
         "scheduler": dict(published.SCHEDULER),
     }
 
@@ -310,7 +311,7 @@ def numbers(module: torch.nn.Module) -> int:
 def test_weight_bytes_equal_the_parameters_of_every_variant(component: str, change: dict[str, Any]) -> None:
     configs = with_change(component, **change)
     params = spec.read(configs)
-    values = {key: configs["text_encoder"][key] for key in published.TEXT_ENCODER}
+    values = {key: configs["text_encoder"][key] for key in T5_XXL}
     with torch.device("meta"):
         encoder = T5EncoderModel(T5Config(**values))
         total = numbers(MochiTransformer3DModel(params.transformer)) + numbers(MochiVAE(params.vae)) + numbers(encoder)
