@@ -72,12 +72,12 @@ class Watched(RayFleet):
 
 
 class Run:
-    """One job of test cards on the cluster, driven in this process to its end."""
+    """One job on the cluster, of test cards unless `config` says otherwise, driven in this process to its end."""
 
     def __init__(self, folder: Path, gangs: int, degree: int, entry: Entry, rows: int = 6, **options: Any) -> None:
         self.output = folder / "out"
-        pause = options.pop("step_seconds", 0.05)
-        config = config_for(
+        pause, config = options.pop("step_seconds", 0.05), options.pop("config", None)
+        config = config or config_for(
             write_prompts(folder / "p.parquet", rows), str(self.output), sampling__params__step_seconds=pause
         )
         self.objects = Objects(str(self.output))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,11 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from tests.fleet.gang_faults import Cards
+from tests.fleet.inline import drive
+from tests.fleet.test_determinism import digests
 from tests.fleet.test_gang_ray import STORE, Run, until
+from tests.fleet.test_saving import job
+from tests.models.wan.tiny_checkpoint import build
 from vidgen.fleet import events as ev
 from vidgen.fleet import nodes as machines
 from vidgen.fleet.driver import Outcome
@@ -65,7 +70,7 @@ class Driven:
     """A run of replicas, single unless `degree` says otherwise, driven in a thread."""
 
     def __init__(
-        self, folder: Path, replicas: int, rows: int, degree: int = 1, entry: Entry | None = None, **options: float
+        self, folder: Path, replicas: int, rows: int, degree: int = 1, entry: Entry | None = None, **options: Any
     ) -> None:
         self.run = Run(folder, replicas, degree, entry or Cards(), rows=rows, **options)
         self.rows = rows
@@ -178,10 +183,18 @@ def loading(driven: Driven) -> int:
     return sum(bool(one.node) for handle in handles if handle.stage == "start" for one in handle.members)
 
 
+def drain(cluster: Cluster, node: str, seconds: float) -> None:
+    """A real notice, as a spot handler or an autoscaler gives it."""
+    client = ray._raylet.GcsClient(address=cluster.address)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = client.drain_node(node, reason, "a spot notice", int((time.time() + seconds) * 1000))
+    assert accepted, why
+
+
 def test_a_node_that_ray_is_told_will_go_is_left_before_it_goes(
     tmp_path: Path, cluster: Cluster, workers: list[object]
 ) -> None:
-    """The notice is a real one, as a spot handler or an autoscaler gives it. What runs there would take far longer."""
+    """What runs there would take far longer."""
     driven = Driven(tmp_path, 2 * PLACES, rows=12, step_seconds=1.5)
     driven.start()
     until(lambda: len(driven.ready()) == 2 * PLACES, 120)
@@ -189,14 +202,7 @@ def test_a_node_that_ray_is_told_will_go_is_left_before_it_goes(
     there = {event.replica for event in driven.ready() if event.node == leaving}
     assert len(there) == PLACES
     until(lambda: any(p is not None and p.stage == "denoise" for p in driven.run.fleet.pulses().values()))
-    client = ray._raylet.GcsClient(address=cluster.address)
-    accepted, why = client.drain_node(
-        leaving,
-        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
-        "a spot notice",
-        int((time.time() + 1000) * 1000),
-    )
-    assert accepted, why
+    drain(cluster, leaving, 1000)
     until(lambda: bool(driven.seen(ev.NodeDraining)))
     sent = len(driven.ready())
     workers.append(add(cluster))
@@ -204,6 +210,67 @@ def test_a_node_that_ray_is_told_will_go_is_left_before_it_goes(
     assert {event.node for event in driven.ready()[sent:]} == {workers[2].node_id}  # type: ignore[attr-defined]
     driven.finishes()
     assert driven.run.fleet.lost() == []
+
+
+STEPS, STOP, BRANCHES = 30, 15, 2
+
+
+@dataclass(frozen=True)
+class Counted(Entry):
+    """A model that writes down where each of its forwards was, and of which step; the gate is before step STOP."""
+
+    book: str = ""
+    gate: str = ""
+
+    def load(self, settings: ModelSettings, gang: Any) -> Any:
+        engine = super().load(settings, gang)
+        predict = engine.backend.pipeline.predict
+
+        def counted(x: Any, schedule: Any, i: int, *rest: Any) -> Any:
+            while i == STOP and not Path(self.gate).exists():
+                time.sleep(0.05)
+            with open(self.book, "a") as book:
+                book.write(f"{machines.own_node()} {i}\n")
+            return predict(x, schedule, i, *rest)
+
+        engine.backend.pipeline.predict = counted
+        return engine
+
+
+def test_what_is_half_denoised_on_a_node_that_goes_is_saved_and_another_node_makes_the_steps_that_are_left(
+    tmp_path: Path, cluster: Cluster, workers: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes as without a notice, of a native model; every step is made once."""
+    (tmp_path / "whole").mkdir()
+    checkpoint, (book, gate) = build(tmp_path / "wan"), (tmp_path / name for name in ("book", "gate"))
+    whole = job(tmp_path / "whole", checkpoint, rows=1, steps=STEPS)
+    assert drive(whole, replicas=1)[0].code == 0
+    config = job(tmp_path, checkpoint, rows=1, steps=STEPS)
+    driven = Driven(tmp_path, 1, 1, entry=Counted(str(book), str(gate)), config=config)
+    fleet, recall = driven.run.fleet, driven.run.fleet.recall
+
+    def told(name: str, within: float | None = None) -> None:
+        """It goes on once the notice has reached it, and is over."""
+        recall(name, within)
+        ray.get(fleet.handles[name].members[0].actor.where.options(concurrency_group="control").remote())
+        end = time.monotonic() + (within or 0.0)
+        until(lambda: time.monotonic() > end)
+        gate.touch()
+
+    monkeypatch.setattr(fleet, "recall", told)
+    driven.start()
+    until(lambda: book.exists() and len(book.read_text().splitlines()) == STOP * BRANCHES, 120)
+    first = driven.ready()[0].node
+    drain(cluster, first, 1)
+    driven.finishes()
+    assert fleet.lost() == []
+    (saved,) = (event for event in driven.seen(ev.ItemSaved) if isinstance(event, ev.ItemSaved))
+    assert STOP < saved.step < STEPS
+    (second,) = {event.node for event in driven.ready()} - {first}
+    made = Counter(tuple(line.split()) for line in book.read_text().splitlines())
+    assert made == {(first if i < saved.step else second, str(i)): BRANCHES for i in range(STEPS)}
+    assert digests(str(driven.run.output)) == digests(whole.output.path)
+    assert not list(driven.run.objects.list("resume"))
 
 
 def test_replicas_follow_a_cluster_that_grows_and_shrinks(

@@ -48,13 +48,15 @@ def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return digests(config.output.path)
 
 
-def job(folder: Path, checkpoint: Path, rows: int = len(PROMPTS), **run: Any) -> configuration.JobConfig:
+def job(
+    folder: Path, checkpoint: Path, rows: int = len(PROMPTS), steps: int = STEPS, **run: Any
+) -> configuration.JobConfig:
     """Every item counts as long, unless `save_after` says otherwise."""
     names = [str(i) for i in range(rows)]
     values = {
         "model": {"family": "wan", "checkpoint": str(checkpoint)},
         "dataset": {"path": write_prompts(folder / "p.parquet", PROMPTS[:rows], id=names), "id_column": "id"},
-        "sampling": {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": STEPS, "guidance_scale": 5.0},
+        "sampling": {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": steps, "guidance_scale": 5.0},
         "output": {"path": str(folder / "out")},
         "run": {"allow_constant": True, "save_after": 0, **run},
     }
