@@ -26,7 +26,7 @@ from vidgen.fleet.replica import Pulse
 from vidgen.fleet.saving import Saves
 from vidgen.fleet.supply import Supply
 from vidgen.plan.files import total_rejected
-from vidgen.store import commits, ledger
+from vidgen.store import commits, epochs, ledger
 from vidgen.store.epochs import BEAT_SECONDS, Lease
 from vidgen.store.objects import Objects, new_token
 from vidgen.store.state import NAMES, State
@@ -114,12 +114,14 @@ class Driver:
         self._busy: dict[str, float] = {}
         self._outlived = not lease.unclean
         self._began = time.monotonic()
+        self._looked_after = lease.last_beat
 
     # ---------------------------------------------------------------- the loop
 
     def run(self, rules: Rules, replicas: Sequence[str], limits: Limits) -> Outcome:
         """Runs until done, stopped or broken; always flushes what it knows before it returns."""
-        self._inherit()
+        with epochs.beating(self.lease):
+            self._inherit()
         supply = Supply(self.objects, self.plans, self.state, rules, replicas, self._beat_if_due, self.only)
         self.tasks = [self._pending(supply, band) for band in range(1 + len(rules.bands))]
         dispatcher = self.dispatcher = Dispatcher(rules, list(replicas))
@@ -128,14 +130,13 @@ class Driver:
                 self.fleet.start(name)
         self._feed(ev.Tick())
         while dispatcher.finished is None:
-            heard = self.fleet.poll(POLL_SECONDS)
-            self.lease.awake()
-            for event in heard or [ev.Tick()]:
+            for event in self.fleet.poll(POLL_SECONDS) or [ev.Tick()]:
                 self._feed(event)
             self._housekeeping(limits)
         return self._end(dispatcher.finished)
 
     def _feed(self, event: ev.Event) -> None:
+        self._awake()
         self.observer.heard(event)
         if isinstance(event, ev.ItemDone):
             self._settle(event.record)
@@ -154,7 +155,7 @@ class Driver:
                 self._do(action)
 
     def _do(self, action: ev.Action) -> None:
-        self.lease.awake()
+        self._awake()
         self.observer.does(action)
         match action:
             case ev.Send():
@@ -284,7 +285,9 @@ class Driver:
             if pulse is not None:
                 spent = pulse.busy * self.dispatcher.rules.degree_of.get(name, 1)
                 self._busy[name] = max(self._busy.get(name, 0.0), spent)
-        if self._beat_if_due():
+        self._beat_if_due()
+        if self.lease.last_beat != self._looked_after:  # whoever beat
+            self._looked_after = self.lease.last_beat
             self._outlived = self._outlived or now - self._began > 2 * BEAT_SECONDS
             if self.lease.stop_requested():
                 self._stop(130, "stopped by `vidgen stop`", None)
@@ -317,10 +320,11 @@ class Driver:
             self._beat()
         return due
 
-    def _hold(self) -> None:
-        """Before each durable act of a long row of them: the run is still ours, and others see it."""
+    def _awake(self) -> None:
+        """Before each thing that is done, of which there may be thousands at once (a lost node's items are looked up
+        one by one): others see us, and after a gap of a lease we ask whether the run is still ours."""
         if not self._beat_if_due():
-            self.lease.check()
+            self.lease.awake()
 
     def _beat(self) -> None:
         in_flight = self.dispatcher.in_flight()
@@ -381,7 +385,8 @@ class Driver:
         elif code is None:
             code = finished_code(counts)
             self.lease.check()
-            manifest.write(self.objects, self.plans, self.state, self.token, before_write=self._hold)
+            with epochs.beating(self.lease, in_flight=[], gpu_seconds=self.gpu_seconds(), counts=counts):
+                manifest.write(self.objects, self.plans, self.state, self.token, before_write=self.lease.check)
         self.lease.awake()
         whole = finish.code is None and not counts["pending"]
         self._show(self.fleet.pulses(), "finished" if whole else "stopped", last=True)

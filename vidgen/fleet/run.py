@@ -66,7 +66,8 @@ def generate(source: str, overrides: Sequence[str], options: Options) -> tuple[R
     run = prepare(source, overrides, progress.say)
     progress.objects, progress.run = run.objects, run.config.name
     lease = epochs.acquire(run.objects, lease=run.config.run.lease, takeover=options.takeover)
-    held = state.load(run.objects, run.items, compact=True)
+    with epochs.beating(lease):
+        held = state.load(run.objects, run.items, compact=True)
     try:
         only = None if options.sample is None else _sample(run, options.sample)
         if _pending(held, only):
@@ -94,9 +95,10 @@ def _pending(held: state.State, only: np.ndarray | None) -> int:
 def _finish(run: Run, held: state.State, lease: epochs.Lease) -> Outcome:
     """Every item is terminal already: the manifest is written again if it does not match."""
     reason = "nothing to do: every item is terminal"
-    if not manifest.is_valid(run.objects, run.plans, held):
-        manifest.write(run.objects, run.plans, held, lease.token, before_write=lease.check)
-        reason = "every item was terminal; the manifest was written again"
+    with epochs.beating(lease):
+        if not manifest.is_valid(run.objects, run.plans, held):
+            manifest.write(run.objects, run.plans, held, lease.token, before_write=lease.check)
+            reason = "every item was terminal; the manifest was written again"
     counts = held.counts()
     lease.release(**lease.inherited(), counts=counts)
     return Outcome(finished_code(counts), reason, counts, 0.0)
@@ -114,9 +116,10 @@ def _drive(
     progress.say(f"{pending} of {run.items} items to do, output {run.objects.url}")
     interrupt = Interrupt()
     with _signals(interrupt) as install:
-        cluster.connect(options.address, progress.say)
-        install()
-        settings, replicas, watch = _replicas(run, pending, lease)
+        with epochs.beating(lease):
+            cluster.connect(options.address, progress.say)
+            install()
+            settings, replicas, watch = _replicas(run, pending, lease)
         for note in replicas.notes:
             progress.say(f"note: {note}")
         progress.say(f"replicas on {settings.model.device}: {replicas}; {settings.model.threads or 'all'} threads each")

@@ -36,13 +36,14 @@ def retry(output: str, *, where: str | None = None, missing: bool = False, takeo
     plans = require_plan(objects)
     lease = epochs.acquire(objects, lease=LEASE_SECONDS, takeover=takeover)
     try:
-        state = states.load(objects, total_items(plans))
-        chosen: list[str] = []
-        for table in manifest.rows(objects, plans, state):
-            if where:
-                table = table.filter(grammar.compile(where, table.schema))
-            chosen += _damaged(objects, table) if missing else _not_done(table)
-        generation = reopen(objects, chosen, lease) if chosen else None
+        with epochs.beating(lease):
+            state = states.load(objects, total_items(plans))
+            chosen: list[str] = []
+            for table in manifest.rows(objects, plans, state):
+                if where:
+                    table = table.filter(grammar.compile(where, table.schema))
+                chosen += _damaged(objects, table) if missing else _not_done(table)
+            generation = reopen(objects, chosen, lease) if chosen else None
     finally:
         lease.release(**lease.inherited())
     return Reopened(len(chosen), generation)
@@ -76,7 +77,8 @@ def extend(
         lease.check()
 
     try:
-        return build(config, objects, extend=True, token=lease.token, before_freeze=before_freeze, say=say)
+        with epochs.beating(lease):
+            return build(config, objects, extend=True, token=lease.token, before_freeze=before_freeze, say=say)
     finally:
         lease.release(**lease.inherited())
 
@@ -94,7 +96,8 @@ def sweep(objects: Objects, *, older_than: float, dry_run: bool = False) -> gc.S
         return gc.collect(objects, older_than, dry_run=dry_run)
     lease = epochs.acquire(objects, lease=LEASE_SECONDS)
     try:
-        return gc.collect(objects, older_than, before_delete=lease.check)
+        with epochs.beating(lease):
+            return gc.collect(objects, older_than, before_delete=lease.check)
     finally:
         lease.release(**lease.inherited())
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vidgen import faults
+from vidgen.errors import InfrastructureError
 from vidgen.store.objects import Objects, new_token
 
 BEAT_SECONDS = 15.0
@@ -110,6 +113,31 @@ class Lease:
 
     def stop_requested(self) -> bool:
         return self.objects.exists(f"epochs/{self.epoch}.stop")
+
+
+@contextmanager
+def beating(lease: Lease, **facts: Any) -> Iterator[None]:
+    """While a holder does something long that is not driving (it reads a run's state, plans, writes a manifest), a
+    thread beats for it, with these facts or else with what it inherited. A holder that drives beats itself, so that a
+    beat says that it gets on."""
+    said, over = facts or lease.inherited(), threading.Event()
+
+    def beats() -> None:
+        while not over.wait(BEAT_SECONDS):
+            try:
+                lease.beat(**said)
+            except (InfrastructureError, OSError):
+                continue  # the next one tries again
+            except Held:
+                return  # the holder learns it before its next durable act
+
+    thread = threading.Thread(target=beats, name="beats", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def current(objects: Objects) -> int | None:
