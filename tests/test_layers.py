@@ -16,7 +16,7 @@ MODULES = {
     for path in sorted((ROOT / "vidgen").rglob("*.py"))
 }
 LAYERS = [
-    {"cli", "jobs"},
+    {"cli", "jobs", "__main__"},
     {"scheduled"},
     {"fleet"},
     {"pack"},
