@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig, AutoTokenizer
 
 from vidgen.checkpoint import adapter, load
 from vidgen.checkpoint.folder import CheckpointFolder, open_checkpoint
 from vidgen.errors import CheckpointError
+from vidgen.text.configs import load_config, no_questions
 from vidgen.text.tokenizers import load_tokenizer
 
 HEADER_LIMIT = 100_000_000
@@ -130,8 +132,11 @@ def test_an_adapter_that_is_pickled_is_refused_and_never_opened(tmp_path: Path, 
 # ---------------------------------------------------------------- code
 
 
-def test_code_that_a_tokenizer_or_a_config_brings_is_not_run(place: Path, mark: Path) -> None:
-    """`auto_map` and a class of the folder's own: transformers would run them only if it were told to trust them."""
+def test_code_that_a_tokenizer_or_a_config_brings_is_not_run(
+    place: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto_map` and a class of the folder's own: transformers asks, unless it is told, whether to trust them."""
+    monkeypatch.setattr("builtins.input", lambda *question: "y")  # `yes | vidgen generate`
     code = f"open({str(mark)!r}, 'w')\nclass Evil:\n    pass\n"
     for folder in ("tokenizer", "transformer"):
         (place / folder / "evil.py").write_text(code)
@@ -145,6 +150,11 @@ def test_code_that_a_tokenizer_or_a_config_brings_is_not_run(place: Path, mark: 
     folder.configs(), folder.hash()
     with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
         load_tokenizer(folder, "tokenizer")
+    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
+        load_config(folder, "tokenizer", ["evil"])
+    for auto in (AutoTokenizer, AutoConfig):  # as diffusers calls them, which cannot be told
+        with no_questions(), pytest.raises(ValueError, match="requires you to execute"):
+            auto.from_pretrained(place / "tokenizer", local_files_only=True)
     assert not mark.exists()
 
 
@@ -158,8 +168,11 @@ def test_no_code_of_ours_trusts_remote_code_or_unpickles_weights() -> None:
         if "torch.load(" in text.replace("safetensors.torch.load(", ""):
             assert path.parent.name == "demo", path
         for call in text.split(".from_pretrained(")[1:]:
-            if "diffusers" in str(path):
-                assert "use_safetensors=True" in call.split("\n\n")[0], path
+            if "models/diffusers" in path.as_posix() or path.parent.name == "parity":
+                assert "use_safetensors=True" in call.split("\n\n")[0] and "with no_questions():" in text, path
+        for auto in ("AutoTokenizer.", "AutoConfig."):
+            for call in text.split(f"{auto}from_pretrained(")[1:]:
+                assert "trust_remote_code=False" in call.partition("\n")[0], path
 
 
 # ---------------------------------------------------------------- odd headers

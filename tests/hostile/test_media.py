@@ -120,6 +120,14 @@ def test_relative_and_a_scheme_allow_either(folder: Path) -> None:
     )
 
 
+def test_every_scheme_of_a_chain_must_be_allowed(folder: Path) -> None:
+    zip_of({"a.png": png()}, folder.parent / "x.zip")
+    chain = f"zip://a.png::file://{folder.parent}/x.zip"
+    assert looked_at(folder / "p.parquet", [chain], media_schemes=["zip", "file"])[0] == [0]
+    kept, told = looked_at(folder / "p.parquet", ["a.png", chain], media_schemes=["zip", "relative"])
+    assert kept == [0] and "is of the scheme file; allowed (dataset.media_schemes): zip, relative" in told[0]
+
+
 def test_file_means_any_file_of_the_disk(folder: Path) -> None:
     kept, told = looked_at(folder / "p.parquet", ["a.png", "../secret.png", "memory://a/b.png"], media_schemes=["file"])
     assert kept == [0, 1] and told[0].endswith("is of the scheme memory; allowed (dataset.media_schemes): file")

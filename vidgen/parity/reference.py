@@ -17,6 +17,7 @@ from vidgen.conditioning import read as read_media
 from vidgen.errors import ConfigError
 from vidgen.parity.report import Report
 from vidgen.parity.trace import Trace, a_step, clip_of, now
+from vidgen.text.configs import no_questions
 from vidgen.types import Request
 
 
@@ -46,7 +47,8 @@ def run(
 ) -> Trace:
     """Runs the reference's pipeline and records what it does."""
     trace = Trace()
-    pipe = cls.from_pretrained(folder, torch_dtype={**dtypes, "default": torch.float32}, use_safetensors=True)
+    with no_questions():
+        pipe = cls.from_pretrained(folder, torch_dtype={**dtypes, "default": torch.float32}, use_safetensors=True)
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     _tile(pipe.vae, request)

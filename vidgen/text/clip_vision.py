@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, CLIPImageProcessorPil, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from vidgen.checkpoint.folder import CheckpointFolder
 from vidgen.checkpoint.load import load_weights
 from vidgen.errors import CheckpointError
+from vidgen.text.configs import load_config
 
 FILES = frozenset({"preprocessor_config.json", "processor_config.json"})
 """Files of which an image processor has one at least."""
@@ -56,9 +57,7 @@ def load_image_encoder(
     """The encoder and processor of a local checkpoint; CheckpointError names what is missing, extra or unsupported."""
     assert folder.local is not None, "an image encoder is loaded from a local folder"
     name = folder.resolved.name
-    config = AutoConfig.from_pretrained(folder.local / component, local_files_only=True)
-    if config.model_type != "clip_vision_model":
-        raise CheckpointError(f"{name}: {component} has model_type {config.model_type!r}; allowed: 'clip_vision_model'")
+    config = load_config(folder, component, ("clip_vision_model",))
     if not {path.rpartition("/")[2] for path in folder.files(processor)} & FILES:
         raise CheckpointError(f"{name}: {processor} has none of {', '.join(sorted(FILES))}")
     with torch.device("meta"):

@@ -7,14 +7,13 @@ is, how prompts are cached, and the network: everything is read from a local fol
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     CLIPImageProcessorPil,
     CLIPTextModel,
     LlamaModel,
@@ -26,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vidgen.checkpoint.folder import CheckpointFolder
 from vidgen.checkpoint.load import load_weights
 from vidgen.errors import CheckpointError
+from vidgen.text.configs import load_config
 from vidgen.text.prompt import Prompt, Text
 from vidgen.text.tokenizers import load_tokenizer
 
@@ -151,7 +151,7 @@ def load_llama_clip(
     unsupported."""
     assert folder.local is not None, "text encoders are loaded from a local folder"
     tokenizer, clip_tokenizer = load_tokenizer(folder, "tokenizer"), load_tokenizer(folder, "tokenizer_2")
-    config = _config(folder, "text_encoder", ("llama", "llava"))
+    config = load_config(folder, "text_encoder", ("llama", "llava"))
     clip = _load_clip(folder, dtypes["text_encoder_2"], device)
     if config.model_type == "llama":
         llama = _load_llama(folder, config, dtypes["text_encoder"], device)
@@ -166,19 +166,9 @@ def load_llama_clip(
     return LlamaClipEncoder(llava, clip, tokenizer, clip_tokenizer, max_tokens, pictures)
 
 
-def _config(folder: CheckpointFolder, component: str, allowed: Sequence[str]) -> Any:
-    assert folder.local is not None
-    config = AutoConfig.from_pretrained(folder.local / component, local_files_only=True)
-    if config.model_type not in allowed:
-        raise CheckpointError(
-            f"{folder.resolved.name}: {component} has model_type {config.model_type!r}; allowed: {', '.join(allowed)}"
-        )
-    return config
-
-
 def _load_clip(folder: CheckpointFolder, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     component = "text_encoder_2"
-    config = _config(folder, component, ("clip_text_model",))
+    config = load_config(folder, component, ("clip_text_model",))
     with torch.device("meta"):
         model = CLIPTextModel(config)
     # Computed, not stored.

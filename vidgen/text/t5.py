@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase, T5EncoderModel, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase, T5EncoderModel, UMT5EncoderModel
 
 from vidgen.checkpoint.folder import CheckpointFolder
 from vidgen.checkpoint.load import load_weights
 from vidgen.errors import CheckpointError
+from vidgen.text.configs import load_config
 from vidgen.text.prompt import Prompt, Text
 from vidgen.text.tokenizers import load_tokenizer
 from vidgen.tokens import clean
@@ -76,16 +77,13 @@ def load_text_encoder(
     """The encoder and tokenizer of a local checkpoint; CheckpointError names what is missing, extra or unsupported."""
     assert folder.local is not None, "a text encoder is loaded from a local folder"
     assert padding in PADDINGS
-    config = AutoConfig.from_pretrained(folder.local / component, local_files_only=True)
-    name = folder.resolved.name
-    if config.model_type not in ENCODERS:
-        allowed = ", ".join(ENCODERS)
-        raise CheckpointError(f"{name}: {component} has model_type {config.model_type!r}; allowed: {allowed}")
+    config = load_config(folder, component, ENCODERS)
     with torch.device("meta"):
         model = ENCODERS[config.model_type](config)
     keep = ("wo",) if dtype == torch.float16 else ()  # the layer that overflows; transformers loads it so too
     load_weights(model, folder, component, dtype=dtype, device=device, tied=TIED, keep_fp32=keep)
     loaded = load_tokenizer(folder, tokenizer)
     if padding == "attended" and loaded.pad_token_id is None:
+        name = folder.resolved.name
         raise CheckpointError(f"{name}: {tokenizer} has no pad_token; prompts are padded to {max_tokens} tokens")
     return TextEncoder(model, loaded, max_tokens, padding, clean)

@@ -22,6 +22,7 @@ def load_tokenizer(folder: CheckpointFolder, component: str) -> PreTrainedTokeni
     if not names & FILES:
         raise CheckpointError(f"{folder.resolved.name}: {component} has none of {', '.join(sorted(FILES))}")
     try:
-        return AutoTokenizer.from_pretrained(folder.local / component, local_files_only=True)
+        place = folder.local / component
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder.resolved.name}: {component} cannot be loaded: {error}") from error

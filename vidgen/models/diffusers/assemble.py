@@ -23,6 +23,7 @@ from vidgen.models.diffusers.binding import Binding
 from vidgen.models.diffusers.known import ALWAYS_TILED
 from vidgen.models.diffusers.lora import fuse
 from vidgen.models.diffusers.params import Params, switch
+from vidgen.text.configs import no_questions
 from vidgen.types import ModelSettings
 
 OFFLOAD = ("none", "model", "sequential")
@@ -45,15 +46,18 @@ def assemble(folder: CheckpointFolder, bound: Binding, settings: ModelSettings, 
                 f"model.options.components.{part.name}: {part.config['_class_name']} is not in diffusers"
             )
         dtype = dtypes.get(part.name, dtypes["default"])
-        made[part.name] = cls.from_pretrained(part.place(settings.cache_dir), torch_dtype=dtype, use_safetensors=True)
+        place = part.place(settings.cache_dir)
+        with no_questions():
+            made[part.name] = cls.from_pretrained(place, torch_dtype=dtype, use_safetensors=True)
     takes = source.components(params.pipeline, "model.pipeline")
     absent = {name: None for name, optional in takes.items() if not optional and not params.class_of(name)}
     if quantizer := _quantizer(params, settings.quantization, dtypes["default"]):
         made["quantization_config"] = quantizer
     try:
-        pipe = pipeline_class(params.pipeline).from_pretrained(
-            str(folder.local), torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **made, **absent
-        )
+        with no_questions():
+            pipe = pipeline_class(params.pipeline).from_pretrained(
+                str(folder.local), torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **made, **absent
+            )
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
