@@ -17,9 +17,11 @@ Refuses to know whose rows it selects.
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +32,8 @@ from vidgen.errors import ConfigError
 
 DEEPEST = 100
 """Most parentheses and `not` within each other."""
+MOST_DIGITS = 76
+"""Of a whole number that is compared exactly: no column has more."""
 KEYWORDS = frozenset({"and", "or", "not", "in", "like", "is", "null", "true", "false"})
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -96,6 +100,10 @@ class _Operand:
     type: pa.DataType
     family: str
     token: _Token
+
+    @property
+    def scalar(self) -> pa.Scalar:
+        return _scalar(self.value)
 
 
 class _Parser:
@@ -167,8 +175,10 @@ class _Parser:
         if operand.expression is not None:
             if other.expression is not None and operand.family != other.family:
                 raise self.error(f"{operand.type} does not compare with {other.type}", operand.token)
-            return operand.expression
-        return pc.scalar(self._literal(operand, other))
+            whole = pt.is_integer(operand.type) and pt.is_floating(other.type)
+            return operand.expression.cast(pa.float64(), safe=False) if whole else operand.expression
+        literal = self._literal(operand, other)
+        return pc.scalar(_comparable(literal.as_py(), other.type) if other.family == "number" else literal)
 
     def _literal(self, literal: _Operand, column: _Operand) -> pa.Scalar:
         """The literal in a type that compares with the column: dates and times are written as text."""
@@ -181,7 +191,7 @@ class _Parser:
             raise self.error(
                 f"{column.token.shown} is {column.type} and does not compare with {literal.token.shown}", literal.token
             )
-        return pa.scalar(literal.value)
+        return literal.scalar
 
     def _in(self, left: _Operand, negated: bool) -> pc.Expression:
         column = self._column(left)
@@ -191,11 +201,9 @@ class _Parser:
             values.append(self._literal(self._literal_operand(), left))
         self._expect(")")
         python = [value.as_py() for value in values]
-        if all(isinstance(value, int) for value in python) and pt.is_integer(left.type):
-            fitting = pa.array(python)
-        else:
-            fitting = pa.array(python, left.type if left.family in ("text", "time", "boolean") else pa.float64())
-        cast = column.cast(fitting.type) if left.family == "number" else column
+        kind = pa.float64() if pt.is_floating(left.type) else left.type
+        fitting = pa.array(_held(python, kind) if left.family == "number" else python, kind)
+        cast = column.cast(kind) if pt.is_floating(left.type) else column
         # is_in says false for null where SQL says null; the difference shows under `not`.
         found = pc.if_else(column.is_valid(), cast.isin(fitting), pa.scalar(None, pa.bool_()))
         return ~found if negated else found
@@ -226,7 +234,7 @@ class _Parser:
         if token.kind not in ("text", "number", "boolean"):
             raise self.error(f"a value is expected instead of {token.shown}")
         self.index += 1
-        return _Operand(None, token.value, pa.scalar(token.value).type, token.kind, token)
+        return _Operand(None, token.value, _scalar(token.value).type, token.kind, token)
 
     def _column(self, operand: _Operand) -> pc.Expression:
         if operand.expression is None:
@@ -267,9 +275,8 @@ class _Parser:
 
 def _token(kind: str, raw: str, position: int) -> _Token:
     if kind == "number":
-        whole = re.fullmatch(r"[+-]?\d+", raw) is not None
-        value: Any = int(raw) if whole and -(2**63) <= int(raw) < 2**63 else float(raw)
-        return _Token("number", value, position, raw)
+        whole = re.fullmatch(r"[+-]?\d+", raw) is not None and len(raw) <= MOST_DIGITS
+        return _Token("number", int(raw) if whole else float(raw), position, raw)
     if kind == "text":
         return _Token("text", raw[1:-1].replace("''", "'"), position, raw)
     if kind == "quoted":
@@ -281,6 +288,41 @@ def _token(kind: str, raw: str, position: int) -> _Token:
     if kind == "word":
         return _Token("column", raw, position, raw)
     return _Token("symbol", raw, position, repr(raw))
+
+
+def _scalar(value: Any) -> pa.Scalar:
+    """A literal as pyarrow has it; a whole number beyond 64 bits as a decimal."""
+    wide = isinstance(value, int) and not -(2**63) <= value < 2**63
+    return pa.scalar(Decimal(value) if wide else value)
+
+
+def _comparable(value: int | float | Decimal, kind: pa.DataType) -> pa.Scalar:
+    """A number in a type that compares with columns of `kind`, exactly where it can: left to itself pyarrow refuses a
+    decimal beside a whole number of 64 bits, and a cell of uint64 beyond 63."""
+    if isinstance(value, float) or pt.is_floating(kind):
+        return pa.scalar(float(value))
+    if pt.is_integer(kind) and not pt.is_uint64(kind):
+        return _scalar(int(value))
+    exact = pa.scalar(Decimal(value))
+    if pt.is_decimal(kind):
+        try:
+            pa.table({"": pa.nulls(0, kind)}).filter(pc.field("") == pc.scalar(exact))
+        except pa.ArrowInvalid:  # more digits before and behind the point than a decimal may have
+            return pa.scalar(float(value))
+    return exact
+
+
+def _held(values: Sequence[int | float | Decimal], kind: pa.DataType) -> list[Any]:
+    """Those of the numbers that a column of `kind` can hold: no other is ever equal to a cell."""
+    if pt.is_floating(kind):
+        return [float(value) for value in values]
+    found = []
+    for value in (value for value in values if math.isfinite(value)):
+        try:
+            found.append(pa.scalar(Decimal(str(value))).cast(kind).as_py())
+        except pa.ArrowInvalid:
+            continue
+    return found
 
 
 def _family(kind: pa.DataType) -> str:
