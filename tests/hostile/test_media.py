@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from functools import cache
@@ -20,7 +21,7 @@ from PIL import Image
 
 from tests.plan.conftest import dataset, items_of, job, rejections
 from vidgen import conditioning
-from vidgen.conditioning import limits, places
+from vidgen.conditioning import clips, limits, places
 from vidgen.errors import ItemError, PlanError
 from vidgen.plan.build import build
 from vidgen.store.objects import Objects
@@ -322,7 +323,7 @@ def test_zips_that_would_burst_or_climb_are_refused_or_harmless(folder: Path) ->
     """A frame too large, one that lies about its size, a directory of a million names, names that climb (hidden, as
     all that begin with a dot) or stand at the root: frames are read in memory, so a name is nothing but an order."""
     zeros = b"\0" * (limits.IMAGE_BYTES + 1)
-    zip_of({"0.png": zeros}, folder / "huge.zip")
+    zip_of({"\x1b[2J.png": zeros}, folder / "huge.zip")
     lying = zip_of({f"{n}.png": zeros[: 30 << 20] for n in range(5)}, folder / "lying.zip").read_bytes()
     (folder / "lying.zip").write_bytes(lying.replace(struct.pack("<I", 30 << 20), struct.pack("<I", 999)))
     zip_of({f"/etc/{n}.png": png(n) for n in range(5)}, folder / "rooted.zip")
@@ -334,13 +335,25 @@ def test_zips_that_would_burst_or_climb_are_refused_or_harmless(folder: Path) ->
     before = sorted(path for path in folder.parent.rglob("*"))
     kept, told = looked_at(folder / "p.parquet", cells, "v2v")
     assert kept == [0]
-    assert "frame 0.png has 134,217,729 bytes; allowed: at most 134,217,728" in told[0]
+    assert "frame \\x1b[2J.png has 134,217,729 bytes; allowed: at most 134,217,728" in told[0]
     assert "lying.zip " in told[1] and "damaged" in told[1]
     assert "is a zip of 65,534 files with a directory of 1,073,741,824 bytes; allowed: 50,000" in told[2]
     assert all("is a zip without .png frames" in reason for reason in told[3:])
     clip = conditioning.read(_video(folder / "rooted.zip")).video
     assert clip is not None and [int(frame[0, 0, 0]) for frame in clip] == list(range(5))
     assert sorted(path for path in folder.parent.rglob("*")) == sorted([*before, folder / "p.parquet"])
+
+
+def test_a_zip_entry_is_unpacked_no_further_than_it_declares(folder: Path) -> None:
+    lying = zip_of({"0.png": b"\0" * (60 << 20)}, folder / "lying.zip").read_bytes()
+    lying = lying.replace(struct.pack("<I", 60 << 20), struct.pack("<I", 999))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ItemError, match="damaged"):
+            clips.header(io.BytesIO(lying))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def _video(place: Path) -> Request:

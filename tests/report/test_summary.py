@@ -47,6 +47,11 @@ def _row(status: str, **more: Any) -> dict[str, Any]:
     return {"status": status, "item_id": "i", "row_id": "r", "prompt": "p", **more}
 
 
+def test_a_failure_of_a_megabyte_is_signed_at_once() -> None:
+    """A rejection may quote a cell: time that grows with the square of its letters would be hours."""
+    assert signature("item", "x" * 1_000_000) == "item: " + "x" * 160
+
+
 def test_totals_count_every_row_once_and_videos_alone_as_footage() -> None:
     summary = Summary()
     made = {"num_frames": 16, "fps": 8.0, "width": 64, "height": 48, "bytes": 100, "node": "n"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -189,7 +190,7 @@ def _footer(fs: Any, name: str, path: str) -> tuple[int, pa.Schema, bytes]:
         raise
     except DAMAGE as error:
         raise unreadable(name, error) from error
-    if twice := sorted({column for column in schema.names if schema.names.count(column) > 1}):
+    if twice := sorted(column for column, count in Counter(schema.names).items() if count > 1):
         raise PlanError(f"{name}: column {twice[0]!r} stands more than once")
     return rows, schema, digest
 

@@ -44,7 +44,8 @@ def read(dataset: Dataset, columns: Sequence[str]) -> Iterator[Rows]:
     schema = pa.schema([dataset.schema.field(name) for name in dict.fromkeys(columns)])
     start = 0
     for file in dataset.files:
-        own = [name for name in schema.names if name in file.schema.names]
+        there = set(file.schema.names)
+        own = [name for name in schema.names if name in there]
         done = 0
         for batch in _batches(dataset, file, own):
             row = np.arange(done, done + batch.num_rows, dtype=np.int64)
@@ -133,10 +134,10 @@ def _one(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
 
 
 def _conform(batch: pa.RecordBatch, file: SourceFile, schema: pa.Schema) -> pa.RecordBatch:
-    partitions = dict(file.partitions)
+    partitions, own = dict(file.partitions), set(file.schema.names)
     arrays = []
     for field in schema:
-        if field.name in file.schema.names:
+        if field.name in own:
             try:
                 array = cast(batch.column(field.name), field.type)
             except pa.ArrowException as error:

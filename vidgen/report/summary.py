@@ -16,7 +16,7 @@ STAGES = ("encode", "denoise", "decode", "write")
 STATUSES = ("done", "failed", "quarantined", "rejected", "pending")
 
 _VARIABLE = re.compile(
-    r"(?P<path>(?:[a-z][a-z0-9+]*:/)?(?:/[\w.@=+~-]+){2,}/?)"  # folders and URLs
+    r"(?P<path>(?:[a-z][a-z0-9+]{0,15}:/)?(?:/[\w.@=+~-]+){2,}/?)"  # folders and URLs
     r"|(?P<hex>\b(?:0x[0-9a-f]+|(?=[0-9a-f]*\d)[0-9a-f]{8,})\b)"  # addresses, hashes, ids
     r"|(?P<number>(?<!\w)\d+(?:[.,]\d+)*(?:e[+-]?\d+)?)",  # counts, sizes, seconds
     re.IGNORECASE,
