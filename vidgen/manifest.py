@@ -120,7 +120,7 @@ def is_valid(objects: Objects, plans: Sequence[Plan], state: State) -> bool:
         return all(
             hashlib.sha256(objects.read(name)).hexdigest() == digest for name, digest in body["parts"].items()
         ) and set(body["parts"]) == {name for name, _ in _names(plans)}
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -431,3 +431,22 @@ def test_an_extension_may_change_nothing_else_and_needs_a_plan(source: Path, obj
     build(job(source), objects)
     with pytest.raises(ConfigError, match=r"sampling.fps: the plan has null, now 9"):
         build(job(source, sampling={"fps": 9.0}), objects, extend=True)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_an_output_in_the_folder_of_prompts_is_refused_before_its_own_parquet_becomes_prompts(
+    tmp_path: Path, scheme: str
+) -> None:
+    folder = tmp_path / "prompts"
+    dataset(folder / "a.parquet", {"prompt": ["a"]})
+    for output in (folder, folder / "runs" / "one"):
+        objects = Objects(f"{scheme}{output}")
+        with pytest.raises(ConfigError, match=r"output.path: .* lies in the folder dataset.path: .*\*\.parquet"):
+            build(job(folder, output={"path": objects.url}), objects)
+        assert not list(objects.list("plan"))
+    beside = Objects(f"{scheme}{tmp_path}/prompts of mine")
+    assert build(job(folder, output={"path": beside.url}), beside).items == 1
+    within = Objects(str(folder / "runs"))
+    files = job(folder / "*.parquet", output={"path": within.url})
+    assert build(files, within).items == 1
+    assert not build(files, within, extend=True).made

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+import uuid
 
 import pytest
 
-from vidgen.store import commits, gc, ledger
+from vidgen.store import commits, epochs, gc, ledger, retry
 from vidgen.store import state as states
 from vidgen.store.objects import Objects
 from vidgen.types import Record
@@ -14,6 +15,11 @@ from vidgen.types import Record
 
 def record(ordinal: int, status: str = "done", generation: int = 0, video: str = "") -> Record:
     return Record(f"{ordinal:032x}", ordinal, status, generation, 1, video=video)
+
+
+@pytest.fixture
+def memory() -> Objects:
+    return Objects(f"memory://{uuid.uuid4().hex}")
 
 
 def test_whoever_commits_first_is_the_truth_for_both(objects: Objects) -> None:
@@ -87,3 +93,48 @@ def test_gc_takes_what_a_start_that_was_killed_asked_of_the_store_once_it_is_old
     assert gc.collect(objects, older_than=0).temporaries == 0, "somebody may just be asking"
     assert gc.collect(objects, older_than=0, now=lambda: time.time() + 3 * 3600).temporaries == 2
     assert sorted(entry.path for entry in objects.list("epochs")) == ["epochs/0.beat", "epochs/0.json"]
+
+
+@pytest.mark.parametrize("late", ["commit", "put"])
+def test_gc_looks_again_before_each_try_of_a_delete(
+    memory: Objects, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    """Between two tries minutes may pass, in which a replica puts the same video again and commits it."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)
+    path, clock = commits.video_path("b" * 32, "3" * 64, "mp4"), [time.time() + 3 * 3600]
+    memory.put(path, b"video")
+    delete, tries = memory.kind.delete, []
+
+    def lost(name: str) -> None:
+        tries.append(name)
+        if late == "commit":
+            commits.commit(memory, Record("b" * 32, 0, "done", 0, 1, video=path), "t")
+        else:
+            clock[0] = time.time()
+        memory.kind.delete = delete  # type: ignore[method-assign]
+        raise ConnectionError("lost on the way there")
+
+    memory.kind.delete = lost  # type: ignore[method-assign]
+    assert gc.collect(memory, older_than=0, now=lambda: clock[0]).removed == 0
+    assert len(tries) == 1 and memory.exists(path)
+
+
+def test_gc_asks_whether_the_run_is_still_its_own_before_each_try_of_a_delete(
+    memory: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)
+    memory.put(commits.video_path("b" * 32, "3" * 64, "mp4"), b"video")
+    asked: list[int] = []
+
+    def lost(name: str) -> None:
+        raise ConnectionError("lost on the way there")
+
+    def hold() -> None:
+        asked.append(1)
+        if len(asked) > 1:
+            raise epochs.Held("another took it")
+
+    memory.kind.delete = lost  # type: ignore[method-assign]
+    with pytest.raises(epochs.Held):
+        gc.collect(memory, 0.0, before_delete=hold, now=lambda: time.time() + 3 * 3600)
+    assert len(asked) == 2

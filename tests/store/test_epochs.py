@@ -155,3 +155,33 @@ def test_who_holds_the_lease_without_driving_passes_on_what_was_in_flight_at_a_d
     driving = acquire(objects)
     assert not driving.unclean
     assert driving.inherited() == {"gpu_seconds": 9.0, "in_flight": ["a"], "lone_suspect": 0}
+
+
+def test_a_driver_that_died_before_its_first_beat_passes_on_what_was_left_to_it(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire(objects).beat(gpu_seconds=5000.0, in_flight=["a"], lone_suspect=True)
+    monkeypatch.setattr(epochs, "start_time", lambda pid: "")
+    body = json.dumps({**asdict(epochs.Process.current()), "token": "t"}).encode()
+    assert objects.create("epochs/1.json", body, "t")
+    third = acquire(objects)
+    assert (third.epoch, third.unclean) == (2, True)
+    assert third.before["gpu_seconds"] == 5000.0 and third.before["in_flight"] == ["a"]
+
+
+def test_who_waited_while_the_driver_ended_cleanly_takes_over_from_its_last_beat(objects: Objects) -> None:
+    """Not from the one that it read before it waited: that spent less, and had items in flight."""
+    first = acquire(objects)
+    first.beat(gpu_seconds=5.0, in_flight=["a"])
+    pretend(objects, boot_id="another machine")
+    second = acquire(objects, Clock(lambda: first.release(gpu_seconds=9.0, in_flight=[])))
+    assert not second.unclean and second.before["gpu_seconds"] == 9.0 and second.before["in_flight"] == []
+
+
+@pytest.mark.parametrize("beat", [b"", b'{"gpu_', b"null", b"[]"])
+def test_a_damaged_beat_is_no_beat(objects: Objects, beat: bytes) -> None:
+    acquire(objects)
+    objects.put("epochs/0.beat", beat)
+    pretend(objects, boot_id="another machine")
+    clock = Clock()
+    assert acquire(objects, clock).unclean and clock.now >= 60.0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -85,8 +88,39 @@ def test_half_written_local_files_are_invisible_and_swept(tmp_path: Path) -> Non
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / f"{TEMPORARY}dead-x.mp4").write_bytes(b"half")
     assert list(objects.list("data")) == []
-    assert objects.sweep_temporaries("", older_than=-1) == 1
+    assert objects.sweep_temporaries("", 0.0) == 0
+    assert objects.sweep_temporaries("", time.time() + 60) == 1
     assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_half_written_file_that_is_published_while_it_is_looked_at_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = Objects(str(tmp_path))
+    objects.put("data/x", b"1")
+    real = os.walk
+    monkeypatch.setattr(
+        os, "walk", lambda top: [(place, [], [*names, f"{TEMPORARY}y"]) for place, _, names in real(top)]
+    )
+    assert objects.sweep_temporaries("", time.time() + 60) == 0
+
+
+def test_a_disk_without_hard_links_is_refused_with_the_way_out_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(
+        ConfigError, match=r"has no create-only writes \(the disk has no hard links.*single_writer: true"
+    ):
+        Objects(str(tmp_path)).probe(new_token())
+    single = Objects(str(tmp_path), single_writer=True)
+    single.probe(new_token())
+    (tmp_path / "source").write_bytes(b"file")
+    single.put_file("x", tmp_path / "source")
+    assert single.read("x") == b"file"
 
 
 def test_the_probe_accepts_a_store_that_honours_create_only(objects: Objects) -> None:

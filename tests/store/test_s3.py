@@ -7,6 +7,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from tests.store.proxy import Fault, Proxy
@@ -169,3 +170,31 @@ def test_the_users_own_options_of_the_client_stay(s3: str, monkeypatch: pytest.M
     monkeypatch.setitem(fsspec.config.conf, "s3", options)
     used = Objects(s3).kind.fs.config_kwargs  # type: ignore[attr-defined]
     assert used["s3"] == {"addressing_style": "path"} and used["retries"]["total_max_attempts"] == 1
+
+
+ODD = ("a b/c", "ü/日本", "100%/%41", "q?v=1&w=2/z", "h#frag/z", "a+b=c;,/[*]", "x//y", "a/../b", " lead", "a:b@c/~")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_any_name_of_a_folder_is_itself(s3: str, name: str) -> None:
+    """Nothing in it is taken for a pattern, an escape, a query or a way up."""
+    bucket = s3.rsplit("/", 2)[0]
+    objects, beside = Objects(f"{bucket}/{name}"), Objects(bucket)
+    assert objects.create("x/1", b"t", "t") and not objects.create("x/1", b"u", "u")
+    objects.put("x/2", b"two")
+    assert [entry.path for entry in objects.list("x")] == ["x/1", "x/2"]
+    assert [entry.path for entry in beside.list("")] == [f"{name}/x/1", f"{name}/x/2"]
+    assert objects.read("x/1") == b"t" and objects.size("x/2") == 3
+    objects.delete("x/1")
+    assert not objects.exists("x/1")
+
+
+def test_a_name_that_would_be_cut_is_refused(s3: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be opened as a store.*\?versionId="):
+        Objects(f"{s3}?versionId=7")
+
+
+def test_a_wrong_address_is_said_in_words(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fsspec.config.conf, "s3", {**fsspec.config.conf["s3"], "endpoint_url": "nonsense"})
+    with pytest.raises(ConfigError, match=r"address or options are wrong \(Invalid endpoint: nonsense"):
+        Objects(s3).probe(new_token())

@@ -63,7 +63,7 @@ def _generate(options: argparse.Namespace) -> int:
             address=options.address, takeover=options.takeover, quiet=options.json, json_log=options.log == "json"
         ),
     )
-    output = opened.config.output.path
+    output = opened.objects.url
     finished = outcome.code in (0, SOME_FAILED)
     page = ""
     if finished and not options.no_report and opened.items <= REPORT_ITEMS:
@@ -141,7 +141,7 @@ def _pilot(options: argparse.Namespace) -> int:
         raise UserError(f"--items: {options.items}; allowed: 1 or more")
     given = fleet.Options(address=options.address, takeover=options.takeover, quiet=options.json)
     run, outcome, found = pilot.pilot(options.config, options.overrides, given, options.items)
-    output = run.config.output.path
+    output = run.objects.url
     if options.json:
         print_json({**asdict(outcome), "exit": outcome.code, "output": output, "estimate": found})
         return outcome.code

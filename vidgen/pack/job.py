@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -197,7 +198,7 @@ def _held(objects: Objects, found: Survey) -> dict[str, dict[str, Any]]:
         objects.delete(path)
         return None
 
-    objects.sweep_temporaries("", OLD_TEMPORARY)
+    objects.sweep_temporaries("", time.time() - OLD_TEMPORARY)
     with ThreadPoolExecutor(LOOKERS) as pool:
         return dict(filter(None, pool.map(look, entries)))
 

@@ -95,7 +95,14 @@ class Objects(Protocol):
 def read_plan(objects: Objects) -> list[Plan]:
     """Every frozen plan of a run, k = 0, 1, ...; [] if there is none. The run's plan is their union."""
     names = sorted(entry.path for entry in objects.list("plan") if entry.path.endswith(f"/{PLAN_JSON}"))
-    return sorted((_plan(json.loads(objects.read(name))) for name in names), key=lambda plan: plan.k)
+    return sorted((_read(objects, name) for name in names), key=lambda plan: plan.k)
+
+
+def _read(objects: Objects, name: str) -> Plan:
+    try:
+        return _plan(json.loads(objects.read(name)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"{objects.url}: {name} is not a whole plan; restore the object") from error
 
 
 def require_plan(objects: Objects) -> list[Plan]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import fsspec
 import pyarrow.compute as pc
 
 from vidgen import VERSION, prompts, where
@@ -50,6 +51,7 @@ class Planning:
         self.planner = RowPlanner(config, self.model, self.shaper)
         self._check_configured_texts()
         self.dataset = prompts.open_dataset(config.dataset.path)
+        self._output_apart()
         self.media = MediaPlanner(config, takes, self.dataset.folder)
         columns.check(config, self.dataset, self.planner.types)
         self.carried = columns.carried(config, self.dataset)
@@ -58,6 +60,18 @@ class Planning:
         weights = self.model.spec.weight_bytes(self.model.params)
         price = config.run.price_per_gpu_hour
         self.estimate = cost.Estimate(config.output.format, price, weights, placing.placement(config, self.model))
+
+    def _output_apart(self) -> None:
+        """A folder of prompts is read whole, at every extension again: the run's own Parquet must not lie in it."""
+        source, output, fs = self.config.dataset.path, self.config.output.path or "", self.dataset.fs
+        if not output or fsspec.utils.get_protocol(source) != fsspec.utils.get_protocol(output):
+            return
+        folder = str(fs._strip_protocol(source)).rstrip("/")
+        if f"{fs._strip_protocol(output)}/".startswith(f"{folder}/") and fs.isdir(folder):
+            raise ConfigError(
+                f"output.path: {output!r} lies in the folder dataset.path: {source!r}, all of whose Parquet is read as "
+                f"prompts; put it elsewhere, or name the files ({source.rstrip('/')}/*.parquet)"
+            )
 
     def run(self, say: Callable[[str], None]) -> Plan | None:
         """The plan, its parts written; None if an extension finds nothing new. PlanError without a valid row, or with

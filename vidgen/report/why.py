@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from vidgen import VERSION
 from vidgen.errors import UserError
 from vidgen.plan.files import part_table, read_items, rejected_table, require_plan
 from vidgen.store import commits
-from vidgen.store.commits import Attempt
 from vidgen.store.objects import Objects
 from vidgen.types import Item, Part, Plan, Record
 
@@ -189,8 +187,8 @@ def _reopened(objects: Objects, item_id: str) -> list[int]:
 
 
 def _attempts(objects: Objects, item_id: str) -> Iterator[Tried]:
-    for entry in objects.list(f"attempts/{item_id}"):
-        attempt, evidence = Attempt.from_path(entry.path), json.loads(objects.read(entry.path))
+    for attempt in commits.read_attempts(objects, item_id):
+        evidence = commits.read_evidence(objects, attempt)
         yield Tried(
             attempt.generation,
             attempt.error_class,

@@ -1,13 +1,15 @@
 """The terminal state of each item: commits, the attempts before them, and the generations that reopen them.
 
 State of an item = its commit in the highest generation that lists it (generation 0 lists all), else pending. Everything
-here is create-only, so whoever is first decides and nobody can take it back. Refuses to know who drives and why.
+here is create-only, so whoever is first decides and nobody can take it back. Names that nobody here writes (a
+`.DS_Store`, a copy that a file manager made) are passed over. Refuses to know who drives and why.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidgen import faults
+from vidgen.errors import DamagedError
 from vidgen.store.objects import Objects
 from vidgen.types import Record
+
+_COMMIT = re.compile(r"(?P<item>[0-9a-f]{32})\.json")
+_GENERATION = re.compile(r"(?P<number>[1-9]\d*)\.parquet")
+_ATTEMPT = re.compile(r"g(?P<generation>\d+)-(?P<class>\w+)-(?P<count>[\d.]+)-(?P<token>\w+)\.json")
 
 
 def commit_path(generation: int, item_id: str) -> str:
@@ -36,13 +43,13 @@ def commit(objects: Objects, record: Record, token: str) -> tuple[bool, Record]:
         ours = objects.create(path, data, token)
     if ours:
         return True, record
-    return False, _parse(objects.read(path))
+    return False, _read(objects, path)
 
 
 def read_commit(objects: Objects, generation: int, item_id: str) -> Record | None:
     """The commit of an item in one generation, or None."""
     try:
-        return _parse(objects.read(commit_path(generation, item_id)))
+        return _read(objects, commit_path(generation, item_id))
     except FileNotFoundError:
         return None
 
@@ -50,14 +57,14 @@ def read_commit(objects: Objects, generation: int, item_id: str) -> Record | Non
 def list_commits(objects: Objects, generation: int) -> Iterator[str]:
     """Item ids committed in one generation, from a listing alone."""
     for entry in objects.list(f"commits/g{generation}"):
-        if entry.path.endswith(".json"):
-            yield entry.path.rsplit("/", 1)[1][: -len(".json")]
+        if (found := _COMMIT.fullmatch(_name(entry.path))) is not None:
+            yield found["item"]
 
 
 def list_generations(objects: Objects) -> list[int]:
     """Generations after 0, ascending."""
-    names = (entry.path.rsplit("/", 1)[-1] for entry in objects.list("generations"))
-    return sorted(int(name[: -len(".parquet")]) for name in names if name.endswith(".parquet"))
+    found = (_GENERATION.fullmatch(_name(entry.path)) for entry in objects.list("generations"))
+    return sorted(int(one["number"]) for one in found if one is not None)
 
 
 def read_generations(objects: Objects, numbers: Iterable[int] | None = None) -> dict[str, int]:
@@ -95,10 +102,13 @@ class Attempt:
         return f"attempts/{self.item_id}/g{self.generation}-{self.error_class}-{self.count:g}-{self.token}.json"
 
     @classmethod
-    def from_path(cls, path: str) -> Attempt:
-        _, item_id, name = path.rsplit("/", 2)
-        generation, error_class, count, token = name[: -len(".json")].split("-")
-        return cls(item_id, int(generation[1:]), error_class, float(count), token)
+    def from_path(cls, path: str) -> Attempt | None:
+        """The attempt of a path below attempts/; None for a name that nobody here wrote."""
+        item_id, name = path.rsplit("/", 2)[-2:]
+        found = _ATTEMPT.fullmatch(name)
+        if found is None:
+            return None
+        return cls(item_id, int(found["generation"]), found["class"], float(found["count"]), found["token"])
 
 
 def record_attempt(objects: Objects, attempt: Attempt, evidence: Mapping[str, object]) -> None:
@@ -108,10 +118,11 @@ def record_attempt(objects: Objects, attempt: Attempt, evidence: Mapping[str, ob
         objects.create(attempt.path, data, attempt.token)
 
 
-def read_attempts(objects: Objects) -> Iterator[Attempt]:
-    """All attempts ever recorded, from a listing alone."""
-    for entry in objects.list("attempts"):
-        yield Attempt.from_path(entry.path)
+def read_attempts(objects: Objects, item_id: str = "") -> Iterator[Attempt]:
+    """All attempts ever recorded, or those of one item, from a listing alone."""
+    for entry in objects.list(f"attempts/{item_id}".rstrip("/")):
+        if (attempt := Attempt.from_path(entry.path)) is not None:
+            yield attempt
 
 
 def read_evidence(objects: Objects, attempt: Attempt) -> dict[str, Any]:
@@ -120,5 +131,15 @@ def read_evidence(objects: Objects, attempt: Attempt) -> dict[str, Any]:
     return evidence
 
 
-def _parse(data: bytes) -> Record:
-    return Record.from_dict(json.loads(data))
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _read(objects: Objects, path: str) -> Record:
+    data = objects.read(path)
+    try:
+        return Record.from_dict(json.loads(data))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DamagedError(
+            f"{objects.url}: {path} is damaged ({error}); restore it, or delete it, and its item is made again"
+        ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ from vidgen.errors import InfrastructureError
 from vidgen.store.objects import Objects, new_token
 
 BEAT_SECONDS = 15.0
+_EPOCH = re.compile(r"epochs/(?P<number>\d+)\.json")
 
 
 class Held(Exception):
@@ -142,18 +144,24 @@ def beating(lease: Lease, **facts: Any) -> Iterator[None]:
 
 def current(objects: Objects) -> int | None:
     """The highest epoch, or None before the first."""
-    names = (entry.path.rsplit("/", 1)[-1] for entry in objects.list("epochs"))
-    numbers = [int(name[: -len(".json")]) for name in names if name.endswith(".json") and name[0].isdigit()]
-    return max(numbers, default=None)
+    found = (_EPOCH.fullmatch(entry.path) for entry in objects.list("epochs"))
+    return max((int(one["number"]) for one in found if one is not None), default=None)
 
 
 def read_beat(objects: Objects, epoch: int) -> dict[str, Any]:
     """The last beat of an epoch; {} if it never beat."""
     try:
-        beat: dict[str, Any] = json.loads(objects.read(f"epochs/{epoch}.beat"))
-        return beat
+        beat = json.loads(objects.read(f"epochs/{epoch}.beat"))
     except (FileNotFoundError, ValueError):
         return {}
+    return beat if isinstance(beat, dict) else {}
+
+
+def _last_beat(objects: Objects, epoch: int) -> dict[str, Any]:
+    """The last beat of an epoch as it is now, or, where it never beat, of the one before: a driver that was killed so
+    early had begun nothing, and what was left to it is left to the next."""
+    beats = (read_beat(objects, number) for number in range(epoch, -1, -1))
+    return next((beat for beat in beats if beat), {})
 
 
 def request_stop(objects: Objects) -> int:
@@ -187,10 +195,12 @@ def acquire(
         unclean = False
         if epoch is not None:
             before = read_beat(objects, epoch)
+            if not before.get("released"):
+                if not takeover:
+                    holder = _holder(objects, epoch)
+                    _wait_for_silence(objects, epoch, holder, me, lease, sleep, clock)
+                before = _last_beat(objects, epoch)
             unclean = not before.get("released", False)
-            if unclean and not takeover:
-                holder = _holder(objects, epoch)
-                _wait_for_silence(objects, epoch, holder, me, lease, sleep, clock)
         token = new_token()
         number = 0 if epoch is None else epoch + 1
         body = {**asdict(me), "token": token, "started_at": time.time()}

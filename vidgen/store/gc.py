@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from vidgen import faults
 from vidgen.store import commits, ledger, resume
@@ -49,16 +50,25 @@ def collect(
     for entry in itertools.chain(objects.list("data"), objects.list(resume.FOLDER)):
         seen += 1
         old = now() - entry.mtime >= older_than
-        if old and entry.path not in named and _useless(objects, entry.path, older_than, now):
-            if not dry_run:
-                before_delete()
-                with faults.around("gc delete"):
-                    objects.delete(entry.path)
+        if not old or entry.path in named:
+            continue
+        useless = partial(_useless, objects, entry.path, older_than, now)
+        if useless() if dry_run else _deleted(objects, entry.path, useless, before_delete):
             removed += 1
             size += entry.size
     temporaries = 0 if dry_run else _sweep_questions(objects, before_delete, max(older_than, SAFE_SECONDS), now)
-    temporaries += 0 if dry_run else objects.sweep_temporaries("", max(older_than, SAFE_SECONDS))
+    temporaries += 0 if dry_run else objects.sweep_temporaries("", now() - max(older_than, SAFE_SECONDS))
     return Swept(seen, removed, size, temporaries)
+
+
+def _deleted(objects: Objects, path: str, useless: Callable[[], bool], before_delete: Callable[[], None]) -> bool:
+    def still() -> bool:
+        if wanted := useless():
+            before_delete()
+        return wanted
+
+    with faults.around("gc delete"):
+        return objects.delete(path, still)
 
 
 def _sweep_questions(

@@ -1,13 +1,15 @@
 """The driver's compaction of commits into Parquet, so that a resume need not read millions of small objects.
 
-A ledger part is a cache of commits, never the truth: one that is missing costs GETs and one that is damaged is passed
-over. Reading the state of a run costs one LIST per thousand commits and one GET per commit that no part names.
+A ledger part is a cache of commits, never the truth: one that is missing costs GETs, and one whose bytes are not those
+that its name tells is passed over. Reading the state of a run costs one LIST per thousand commits and one GET per
+commit that no part names.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -25,6 +27,7 @@ from vidgen.types import Record
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 SCHEMA = pa.schema([(f.name, _ARROW[get_type_hints(Record)[f.name]]) for f in fields(Record)])
 READERS = 16
+_PART = re.compile(r"(?P<first>\d+)-(?P<last>\d+)-(?P<sha256>[0-9a-f]{12})\.parquet")
 
 
 def write_part(objects: Objects, records: Sequence[Record]) -> str:
@@ -34,7 +37,7 @@ def write_part(objects: Objects, records: Sequence[Record]) -> str:
     pq.write_table(pa.table(columns, schema=SCHEMA).sort_by("ordinal"), sink, compression="zstd")
     data = sink.getvalue()
     ordinals = columns["ordinal"]
-    name = f"{min(ordinals):012d}-{max(ordinals):012d}-{hashlib.sha256(data).hexdigest()[:12]}"
+    name = f"{min(ordinals):012d}-{max(ordinals):012d}-{_digest(data)}"
     path = f"ledger/{name}.parquet"
     with faults.around("ledger part"):
         objects.put(path, data)
@@ -44,19 +47,25 @@ def write_part(objects: Objects, records: Sequence[Record]) -> str:
 def read_tables(objects: Objects, first: int = 0, last: int | None = None) -> Iterator[pa.Table]:
     """Ledger parts that may hold ordinals `first` to `last` (both included), cut to them."""
     for entry in objects.list("ledger"):
-        name = entry.path.rsplit("/", 1)[-1]
-        low, high, _ = name.split("-")
-        if int(high) < first or (last is not None and int(low) > last):
+        part = _PART.fullmatch(entry.path.rsplit("/", 1)[-1])
+        if part is None or int(part["last"]) < first or (last is not None and int(part["first"]) > last):
             continue
         try:
-            table = pq.read_table(io.BytesIO(objects.read(entry.path)), schema=SCHEMA)
-        except (pa.ArrowInvalid, FileNotFoundError):
+            data = objects.read(entry.path)
+        except FileNotFoundError:
             continue
+        if _digest(data) != part["sha256"]:
+            continue
+        table = pq.read_table(io.BytesIO(data), schema=SCHEMA)
         ordinal = table.column("ordinal")
         keep = pc.greater_equal(ordinal, first)
         if last is not None:
             keep = pc.and_(keep, pc.less_equal(ordinal, last))
         yield table.filter(keep)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def to_records(table: pa.Table) -> list[Record]:

@@ -11,7 +11,6 @@ import errno
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 
 from vidgen import faults
@@ -22,6 +21,8 @@ TEMPORARY = ".tmp-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SHAKY = (errno.EIO, errno.ESTALE)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What exFAT, SMB and the file interfaces of object stores answer to a hard link, next to a file just written there."""
 
 
 class Local:
@@ -30,7 +31,12 @@ class Local:
     def create(self, name: str, data: bytes) -> None:
         with _written(name, data) as temporary:
             faults.reached("file created")
-            os.link(temporary, name)
+            try:
+                os.link(temporary, name)
+            except OSError as error:
+                if error.errno in _NO_LINKS:
+                    raise NotImplementedError(f"the disk has no hard links: {error.strerror}") from error
+                raise
 
     def put(self, name: str, data: bytes) -> None:
         with _written(name, data) as temporary:
@@ -72,7 +78,7 @@ class Local:
         except (FileNotFoundError, NotADirectoryError):
             return
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
+            if entry.is_dir():
                 yield from self.walk(entry.path)
             elif not entry.name.startswith(TEMPORARY):
                 try:
@@ -96,13 +102,14 @@ class Local:
             return Trouble(f"the disk is in trouble: {said}", again=True)
         return None
 
-    def sweep_temporaries(self, folder: str, older_than: float) -> int:
-        """Removes what writers that died left half-written; returns how many."""
+    def sweep_temporaries(self, folder: str, before: float) -> int:
+        """Removes what writers that died left half-written before that time; returns how many."""
         removed = 0
         for place, _, names in os.walk(folder):
             for name in names:
                 file = os.path.join(place, name)
-                if name.startswith(TEMPORARY) and os.path.getmtime(file) < time.time() - older_than:
+                found = self.head(file) if name.startswith(TEMPORARY) else None
+                if found is not None and found.mtime < before:
                     _unlink(file)
                     removed += 1
         return removed

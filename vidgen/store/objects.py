@@ -118,10 +118,17 @@ class Objects:
         not be changed afterwards: on the same disk the object is the file itself under another name."""
         self._write(path, lambda: self.kind.put_file(self.path(path), str(source)))
 
-    def delete(self, path: str) -> None:
-        """Deletes an object; one that is not there is no error."""
-        with contextlib.suppress(FileNotFoundError):
-            self._tried(path, lambda: self.kind.delete(self.path(path)))
+    def delete(self, path: str, still: Callable[[], bool] = lambda: True) -> bool:
+        """Deletes an object; one that is not there is no error. `still` is asked before every try whether it is to go:
+        between two of them minutes may pass. Returns its last answer, and may raise what it raises."""
+
+        def attempt() -> bool:
+            if wanted := still():
+                with contextlib.suppress(FileNotFoundError):
+                    self.kind.delete(self.path(path))
+            return wanted
+
+        return self._tried(path, attempt)
 
     def _write(self, path: str, act: Callable[[], T]) -> T:
         try:
@@ -176,9 +183,10 @@ class Objects:
         self.delete(path)
         return entry.mtime if entry is not None else time.time()
 
-    def sweep_temporaries(self, prefix: str, older_than: float) -> int:
-        """Removes what writers that died left half-written on a local disk; returns how many."""
-        return self.kind.sweep_temporaries(self.path(prefix), older_than) if isinstance(self.kind, Local) else 0
+    def sweep_temporaries(self, prefix: str, before: float) -> int:
+        """Removes what writers that died left half-written on a local disk before a time of the store's clock; returns
+        how many."""
+        return self.kind.sweep_temporaries(self.path(prefix), before) if isinstance(self.kind, Local) else 0
 
     # ---------------------------------------------------------------- trouble
 

@@ -85,6 +85,8 @@ def answered(status: int, code: str, message: str) -> Trouble | None:
         return Trouble(f"the store asks for fewer requests ({said})", again=True)
     if code in _SLOW or status == 408:
         return Trouble(f"the store waited too long for us ({said})", again=True)
+    if code in _DAMAGED:
+        return Trouble(f"what we sent was damaged on its way ({said})", again=True)
     if status == 409:
         return Trouble(f"another writer was at the same object at the same moment ({said})", again=True)
     if status == 501:
@@ -134,6 +136,7 @@ _THROTTLED = (
     "rateLimitExceeded",
 )
 _SLOW = ("RequestTimeout", "OperationTimedOut")
+_DAMAGED = ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "Md5Mismatch")
 _FINAL = (
     (("NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"), _NO_BUCKET),
     (("RequestTimeTooSkewed",), _CLOCK),

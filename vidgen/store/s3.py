@@ -27,6 +27,8 @@ class S3:
     """One bucket's objects. Needs the extra `s3`."""
 
     def __init__(self, url: str) -> None:
+        if "?versionId=" in url:  # s3fs would cut every name here, so that all objects were one
+            raise ValueError("a folder's name cannot hold ?versionId=")
         given = {**fsspec.config.conf.get("s3a", {}), **fsspec.config.conf.get("s3", {})}.get("config_kwargs", {})
         once = {"retries": {"total_max_attempts": 1, "mode": "standard"}, "max_pool_connections": CONNECTIONS}
         self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False, config_kwargs={**given, **once})
@@ -147,7 +149,7 @@ class S3:
         lost = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, boto.ResponseStreamingError)
         if isinstance(error, (*lost, ResponseParserError, aiohttp.ClientError, ConnectionError, TimeoutError)):
             return retry.unreachable(error)
-        if isinstance(error, boto.BotoCoreError):
+        if isinstance(error, boto.BotoCoreError | ValueError):
             return Trouble(f"the store's address or options are wrong ({error})", again=False)
         return None
 
