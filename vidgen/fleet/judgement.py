@@ -3,7 +3,8 @@
 Failures are judged by class: an item's own failure counts 1, a crash of the replica that ran it alone 0.5, lost nodes
 and storage trouble nothing. Counted failures are withheld while nothing succeeds, so that a bad configuration trips the
 breaker instead of burning the dataset. An item that does not fit into memory climbs LADDER, one rung a failure, and
-counts only at its end. Pure; refuses to know replicas, and when an item runs again.
+counts only at its end. What is learned of a shape lives as long as the driver: the next one may have other GPUs, and a
+rung that it does not need would slow all that is left. Pure; refuses to know replicas, and when an item runs again.
 """
 
 from __future__ import annotations
