@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vidgen import config as configuration
+from vidgen.cli.command import codes
 from vidgen.errors import UserError
 from vidgen.fleet import log
 from vidgen.scheduled import pace
@@ -126,7 +127,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--overlap", choices=("skip", "join"), default="skip", help=overlap)
     parser.add_argument("--address", help="Ray cluster to join (else RAY_ADDRESS, else a local one)")
     parser.add_argument("--takeover", action="store_true", help="supersede a tick that seems alive")
-    parser.add_argument("--ok-exit", type=_codes, default=(), help="exit codes to map to 0, for example 3,5,75")
+    parser.add_argument("--ok-exit", type=codes, default=(), help="exit codes to map to 0, for example 3,5,75")
     parser.add_argument("--log", choices=("text", "json"), default="text", help="json: the log as JSON lines")
     parser.add_argument("--json", action="store_true", help="machine-readable output; a line a tick with --every")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -145,10 +146,6 @@ def _interval(text: str) -> float:
     if not 1 <= seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not an interval of a second or more; write 90s, 15m, 6h, 1d")
     return seconds
-
-
-def _codes(text: str) -> tuple[int, ...]:
-    return tuple(int(code) for code in text.split(","))
 
 
 if __name__ == "__main__":

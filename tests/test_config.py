@@ -95,6 +95,7 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         ("sampling.fps=0", ("sampling.fps", "more than 0")),
         ("sampling.shift=.nan", ("sampling.shift", "finite")),
         ("run.lease=30", ("run.lease", "45 or more")),
+        ("run.deadline=soon", ("run.deadline", "'soon'", "HH:MM")),
         ("dataset.on_long_prompt=cut", ("dataset.on_long_prompt", "'truncate', 'reject'")),
         ("engine.threads=many", ("engine.threads", "auto")),
         ("dataset.columns.promt=text", ("dataset.columns.promt", "'prompt'")),
@@ -139,8 +140,14 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str) -> 
     assert path in refused(path)
 
 
-def test_a_missing_file_is_named() -> None:
-    assert "nowhere.yaml" in refused("nowhere.yaml")
+def test_a_time_that_yaml_takes_for_a_number_is_to_be_quoted(tmp_path: Path) -> None:
+    message = refused(written(tmp_path, "run: {deadline: 22:00}\n"))
+    assert "run.deadline: 1320" in message and "in quotes" in message
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    assert "nowhere.yaml: there is nothing of that name" in refused("nowhere.yaml")
+    assert f"{tmp_path}: a folder; a configuration is a YAML file" in refused(str(tmp_path))
 
 
 def test_missing_paths_are_required_keys(tmp_path: Path) -> None:

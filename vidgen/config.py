@@ -218,6 +218,10 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         with fsspec.open(path, "r", encoding="utf-8") as file:
             text = file.read()
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: a folder; a configuration is a YAML file") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is nothing of that name; a configuration is a YAML file") from error
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{path}: the configuration cannot be read: {error}") from error
     try:
@@ -334,8 +338,9 @@ def _shape_mistakes(cls: Any, values: Mapping[str, Any], prefix: str, source: st
                 allowed = ", ".join(field_names(hints[name]))
                 found.append(f"{key}: {show(value)} in {source} is not a mapping; its keys: {allowed}")
         elif not fits(value, hints[name]):
+            quoted = "; text that looks like a number or a time goes in quotes" if fits(str(value), hints[name]) else ""
             found.append(
                 f"{key}: {show(value)} ({type(value).__name__}) in {source} has the wrong type; "
-                f"allowed: {type_name(hints[name])}"
+                f"allowed: {type_name(hints[name])}{quoted}"
             )
     return found

@@ -10,6 +10,7 @@ import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from datetime import datetime, time
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import fsspec
@@ -106,6 +107,14 @@ LEAST: Mapping[str, float] = {
 """Smallest allowed value of a number."""
 
 
+def clock_or_moment(text: str) -> time | datetime:
+    """What `run.deadline` says: a time of day (HH:MM), or a moment (ISO 8601); ConfigError for anything else."""
+    try:
+        return time.fromisoformat(text) if len(text) <= 5 else datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"run.deadline: {text!r} is neither HH:MM nor an ISO 8601 time (2026-05-01T06:00)") from None
+
+
 def value_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
     """(key, sentence) for each value out of its range or list."""
     for key in ("dataset.path", "output.path"):
@@ -129,6 +138,11 @@ def value_mistakes(config: JobConfig) -> Iterator[tuple[str, str]]:
             yield key, f"{key}: {show(value)} is too small; allowed: {least:g} or more"
     if config.sampling.fps is not None and not config.sampling.fps > 0:
         yield "sampling.fps", f"sampling.fps: {config.sampling.fps:g} is too small; allowed: more than 0"
+    if config.run.deadline is not None:
+        try:
+            clock_or_moment(config.run.deadline)
+        except ConfigError as error:
+            yield "run.deadline", str(error)
     yield from _foreign_mistakes(asdict(config), "")
     yield from _credential_mistakes(config)
     yield from _parallel_mistakes(config)

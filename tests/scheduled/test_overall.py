@@ -124,7 +124,9 @@ def test_gc_of_the_young_waits_for_no_tick_and_no_driver(job: Scheduled, capsys:
     assert main(command) == 0
 
 
-@pytest.mark.parametrize("command", [["report"], ["retry"], ["gc"], ["status"], ["pack", "--format", "folder"]])
+@pytest.mark.parametrize(
+    "command", [["generate"], ["report"], ["retry"], ["gc"], ["status"], ["pack", "--format", "folder"]]
+)
 def test_a_folder_without_a_run_or_a_schedule_is_said_to_be_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
@@ -139,5 +141,6 @@ def test_a_folder_without_a_run_or_a_schedule_is_said_to_be_none(
 def test_a_command_of_one_run_says_that_a_schedule_has_several(
     job: Scheduled, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["report", str(job.output)]) == 2
-    assert f"a schedule: name one of its runs, {job.output}/runs/0" in capsys.readouterr().err
+    for command in ("report", "generate"):
+        assert main([command, str(job.output)]) == 2
+        assert f"a schedule: name one of its runs, {job.output}/runs/0" in capsys.readouterr().err

@@ -45,7 +45,10 @@ def print_json(value: Any) -> None:
 
 def codes(text: str) -> tuple[int, ...]:
     """3,5,75"""
-    return tuple(int(code) for code in text.split(","))
+    try:
+        return tuple(int(code) for code in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of exit codes; write 3,5,75") from None
 
 
 def share(text: str) -> float:

@@ -10,10 +10,11 @@ from datetime import datetime, time, timedelta
 from vidgen import config as configuration
 from vidgen import faults
 from vidgen.config import JobConfig
+from vidgen.config_rules import clock_or_moment
 from vidgen.errors import ConfigError
 from vidgen.plan import build as planning
 from vidgen.plan import forecast, placing
-from vidgen.plan.files import check_resume, read_plan, total_items
+from vidgen.plan.files import check_resume, read_plan, require_plan, total_items
 from vidgen.store.objects import Objects, new_token
 from vidgen.types import Plan
 
@@ -59,6 +60,8 @@ def prepare(source: str, overrides: Sequence[str], say: Callable[[str], None]) -
         plans = read_plan(objects)
         config = configuration.from_dict(plans[-1].config, f"the frozen plan of {source}", overrides)
     else:
+        if os.path.isdir(source):
+            require_plan(Objects(source))
         config = configuration.load(source, overrides)
         objects = open_store(config)
         plans = read_plan(objects)
@@ -81,13 +84,8 @@ def prepare(source: str, overrides: Sequence[str], say: Callable[[str], None]) -
 def deadline_of(text: str, now: datetime) -> float:
     """`run.deadline` as seconds since the epoch: an ISO 8601 time, or HH:MM for the next time the clock shows it.
     Times without a zone are in that of `now`. ConfigError for anything else."""
-    try:
-        if len(text) <= 5:
-            clock = time.fromisoformat(text)
-            moment = datetime.combine(now.date(), clock, now.tzinfo)
-            moment += timedelta(days=1) if moment <= now else timedelta()
-        else:
-            moment = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ConfigError(f"run.deadline: {text!r} is neither HH:MM nor an ISO 8601 time (2026-05-01T06:00)") from error
+    moment = clock_or_moment(text)
+    if isinstance(moment, time):
+        moment = datetime.combine(now.date(), moment, now.tzinfo)
+        moment += timedelta(days=1) if moment <= now else timedelta()
     return (moment if moment.tzinfo else moment.replace(tzinfo=now.tzinfo)).timestamp()
