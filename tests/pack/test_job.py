@@ -137,6 +137,36 @@ def test_a_shard_that_is_gone_is_made_again(packed: Pack) -> None:
     assert again.made == 2 and tree(place) == before
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_verify_of_a_pack_finds_damage_of_the_same_size_and_names_what_makes_it_whole(
+    format: str, packed: Pack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, _ = packed(format)
+    before = tree(place)
+
+    def verified(*flags: str) -> tuple[int, dict[str, Any]]:
+        code = main(["verify", str(place), "--json", *flags])
+        return code, json.loads(capsys.readouterr().out)
+
+    code, found = verified()
+    assert (code, found["videos"], found["problems"]) == (0, DONE, []) and found["read"] == found["files"] > 0
+    entry = place / "index/train-000001.json"
+    file = place / json.loads(entry.read_bytes())["files"][0]["name"]
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    code, found = verified()
+    (problem,) = found["problems"]
+    assert code == 1 and str(file.relative_to(place)) in problem and f"delete index/{entry.name}" in problem
+    assert verified("--fast")[0] == 0, "sizes are as they were"
+    entry.unlink()
+    assert "its entry below index/ is gone" in verified()[1]["problems"][0]
+    packed(format)
+    assert verified()[0] == 0 and tree(place) == before
+    (place / "README.md").write_text("other words")
+    assert "README.md is not what _SUCCESS.json names" in verified()[1]["problems"][0]
+    (place / "_SUCCESS.json").unlink()
+    assert verified()[0] == 1
+
+
 # ---------------------------------------------------------------- another pack, other files
 
 

@@ -14,6 +14,7 @@ from vidgen.cli import main
 from vidgen.config import to_dict
 from vidgen.errors import PlanError
 from vidgen.fleet.driver import Outcome
+from vidgen.fleet.opening import prepare
 from vidgen.plan.build import build
 from vidgen.plan.files import check_resume
 from vidgen.scheduled.runs import overrides, read_runs
@@ -49,6 +50,16 @@ def test_free_keys_follow_and_frozen_ones_stay(job: Scheduled) -> None:
     assert (resumed.dataset.max_rejected, resumed.dataset.where) == (4, None)
     assert resumed.model.cache_dir == now.model.cache_dir
     assert to_dict(resumed)["sampling"] == frozen["sampling"] and to_dict(resumed)["output"] == frozen["output"]
+
+
+def test_metrics_of_every_tick_are_the_schedules_and_those_of_a_run_its_own(job: Scheduled, tmp_path: Path) -> None:
+    write(job.source / "2.parquet", {"b": "a box"})
+    job.tick(drive=lambda source, overrides: Outcome(5, "", {}, 0.0))
+    ticks = [prepare(str(job.output / f"runs/{number}"), [], print) for number in (0, 1)]
+    assert {run.shown_as for run in ticks} == {str(job.output)}
+    alone = Objects(str(tmp_path / "runs/7"))
+    build(job.config(output={"path": alone.url}), alone)
+    assert prepare(alone.url, [], print).shown_as == alone.url
 
 
 def test_a_run_that_no_tick_planned_is_refused_below_a_schedule(job: Scheduled) -> None:

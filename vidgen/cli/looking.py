@@ -32,7 +32,10 @@ def add(commands: Commands) -> None:
     why.add_argument("--device", default="auto", help="with --make: auto, cpu, cuda")
     why.add_argument("--threads", type=int, help="with --make: default as many as made it")
     verify = commands.of_output(
-        "verify", _verify, "prove the output: manifest == plan, each video there and whole, no duplicate", schedule=True
+        "verify",
+        _verify,
+        "prove the output: manifest == plan, each video there and whole, no duplicate; or a pack's files",
+        schedule=True,
     )
     verify.add_argument("--fast", action="store_true", help="listing and sizes only")
     verify.add_argument("--sample", type=share, default=1.0, help="share of the videos to read and decode")
@@ -103,9 +106,12 @@ def _seconds(text: str) -> float:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from vidgen.pack import proof
     from vidgen.report.verify import verify
     from vidgen.scheduled import overall, runs
 
+    if proof.is_pack(options.output):
+        return _verify_pack(options)
     how = {"fast": options.fast, "sample": options.sample, "strict": options.strict}
     schedule = runs.below(options.output)
     verdict = overall.verify(options.output, schedule, **how) if schedule else verify(options.output, **how)
@@ -119,6 +125,22 @@ def _verify(options: argparse.Namespace) -> int:
     what = f"{verdict.items} items ({verdict.done} done, {verdict.not_done} not), {verdict.rejected} rejected rows"
     print(f"{'ok' if verdict.ok else 'NOT OK'}: {what}, {verdict.checked} videos decoded, {verdict.orphans} orphans")
     return 0 if verdict.ok else FAILED
+
+
+def _verify_pack(options: argparse.Namespace) -> int:
+    from vidgen.pack import proof
+
+    if options.strict:
+        raise UserError(f"--strict is of a run; {options.output} is a pack, which has no orphans")
+    found = proof.prove(options.output, fast=options.fast, sample=options.sample)
+    if options.json:
+        print_json({**asdict(found), "ok": found.ok})
+        return 0 if found.ok else FAILED
+    for text in found.problems:
+        print(text)
+    verdict = "ok" if found.ok else "NOT OK"
+    print(f"{verdict}: a pack of {found.videos} videos in {found.shards} shards, {found.read}/{found.files} files read")
+    return 0 if found.ok else FAILED
 
 
 def _report(options: argparse.Namespace) -> int:

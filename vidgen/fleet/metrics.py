@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 RUN_LABELS = ("run", "output")
-"""Labels that every metric has where it is exported: the run's name and its output."""
+"""Labels that every metric has where it is exported: the run's name, and its output or that of its schedule."""
 STAGE_BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 3600.0)
 
 

@@ -14,6 +14,7 @@ from vidgen.config_rules import clock_or_moment
 from vidgen.errors import ConfigError
 from vidgen.plan import build as planning
 from vidgen.plan import forecast, placing
+from vidgen.plan.earlier import SCHEDULED
 from vidgen.plan.files import check_resume, read_plan, require_plan, total_items
 from vidgen.store.objects import Objects, new_token
 from vidgen.types import Plan
@@ -33,6 +34,12 @@ class Run:
     @property
     def items(self) -> int:
         return total_items(self.plans)
+
+    @property
+    def shown_as(self) -> str:
+        """The output as metrics name it: of a run of a schedule the schedule's, so that ticks make no new series."""
+        url = self.objects.url.rstrip("/")
+        return url.rsplit("/runs/", 1)[0] if SCHEDULED in self.plans[0].resolved else url
 
 
 def is_output(source: str) -> bool:

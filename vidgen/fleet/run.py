@@ -128,7 +128,7 @@ def _drive(
         fleet.watch = watch
         driver = Driver(run.config.name, run.objects, run.plans, held, lease, fleet, progress)
         driver.interrupt, driver.only = interrupt, only
-        meter = Meter(exporter.RaySink(run.config.name, run.objects.url))
+        meter = Meter(exporter.RaySink(run.config.name, run.shown_as))
         driver.observer = Observer(progress, meter, run.config.run.price_per_gpu_hour)
         try:
             rules = _rules(run, settings, replicas)

@@ -137,13 +137,18 @@ def _put(dest: Objects, name: str, write: Callable[[Path], None]) -> File:
     with tempfile.TemporaryDirectory(prefix="vidgen-pack-") as folder:
         place = Path(folder) / "shard"
         write(place)
-        digest = hashlib.sha256()
-        with place.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        written = File(name, place.stat().st_size, digest.hexdigest())
+        written = File(name, place.stat().st_size, sha256_of(place))
         dest.put_file(name, place)
     return written
+
+
+def sha256_of(place: Path) -> str:
+    """Of a file on this machine's disk, read a block at a time."""
+    digest = hashlib.sha256()
+    with place.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- one object a video
