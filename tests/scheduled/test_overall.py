@@ -144,3 +144,9 @@ def test_a_command_of_one_run_says_that_a_schedule_has_several(
     for command in ("report", "generate"):
         assert main([command, str(job.output)]) == 2
         assert f"a schedule: name one of its runs, {job.output}/runs/0" in capsys.readouterr().err
+
+
+def test_a_plan_in_the_making_is_no_run_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Objects(str(tmp_path)).put("plan/0/part-000000.parquet", b"the first of several")
+    assert main(["status", str(tmp_path)]) == 2
+    assert "there is no run here yet: a plan is being made" in capsys.readouterr().err
