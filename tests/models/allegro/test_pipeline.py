@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +12,22 @@ import torch
 from diffusers import AllegroPipeline, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
 from tests.models.allegro import tiny_checkpoint
+from tests.models.oracle import STAGE, WHOLE, Build, native, opened, ours
 from vidgen import engine
 from vidgen.conditioning import Conditioning
 from vidgen.errors import CheckpointError, ConfigError
-from vidgen.loop import Loop
 from vidgen.sampling.step import Draws
 from vidgen.types import Request
 
-STAGE = 1e-4
-"""fp32 on both sides; sums in another order."""
-WHOLE = 1e-3
-"""A few steps of guidance 5 multiply the stages' rounding. Frames lie in [0, 1]."""
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 SIZE = {"height": 128, "width": 128, "num_frames": 24}
 PROMPT, NEGATIVE = "A red circle moving left", "blue and  green DOG"
 RAW = {"clean_caption": False}
 
-Build = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    made: dict[str, Path] = {}
-
-    def once(**options: Any) -> Path:
-        key = repr(sorted(options.items()))
-        if key not in made:
-            made[key] = tiny_checkpoint.build(tmp_path_factory.mktemp("allegro"), **options)
-        return made[key]
-
-    return once
-
 
 def oracle(folder: Path, **options: Any) -> AllegroPipeline:
-    pipe = AllegroPipeline.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = opened(AllegroPipeline, folder, **options)
     pipe.vae.enable_tiling()
     return pipe
 
@@ -77,15 +52,6 @@ def latents_of(loaded: engine.Engine, *requests: Request) -> torch.Tensor:
     states: list[Any] = []
     next(iter(loaded.generate(requests, engine.Hooks(save=states.append))))
     return states[-1].latents
-
-
-def ours(loaded: engine.Engine, *requests: Request) -> list[np.ndarray]:
-    return [np.concatenate(list(video.chunks)) for video in loaded.generate(requests)]
-
-
-def native(loaded: engine.Engine) -> Any:
-    assert isinstance(loaded.backend, Loop)
-    return loaded.backend.pipeline
 
 
 def assert_same_latents(mine: torch.Tensor, other: torch.Tensor) -> None:

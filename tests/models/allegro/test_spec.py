@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,15 +25,11 @@ from vidgen.models.allegro.params import scheduler_params, transformer_params, v
 from vidgen.models.allegro.transformer import AllegroTransformer3DModel as Native
 from vidgen.types import Media, Request
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 PARAMS = spec.read(published.configs())
 RAW = (("clean_caption", False),)
 MEDIA = Media(url="x.png", digest="")
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def changed(component: str, **values: Any) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ from tests.models.allegro.published import TRANSFORMERS
 from tests.models.offline import randomise
 from vidgen.models.allegro.params import transformer_params
 from vidgen.models.allegro.transformer import AllegroTransformer3DModel
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 # The same fp32 products and sums, but for angles in float64 here and in float32 there; observed 2e-6.
 STAGE = 1e-4
@@ -40,12 +41,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "coarse_norms": {"norm_eps": 1e-2},
 }
 TIMESTEP = torch.tensor([988.49, 13.0])
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def pair(name: str) -> tuple[Oracle, AllegroTransformer3DModel]:

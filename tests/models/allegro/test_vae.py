@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ from tests.models.offline import randomise
 from vidgen.models.allegro.params import vae_params
 from vidgen.models.allegro.spec import covered
 from vidgen.models.allegro.vae import AllegroVAE, Tiling
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 # Both sum the same fp32 products; observed 1e-6.
 STAGE = 1e-4
@@ -45,12 +46,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 TILES: Tiling = (32, 32, 16, 24)
 """Far smaller than those that the config can name; both sides are told."""
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def pair(name: str, tiles: Tiling = TILES) -> tuple[AutoencoderKLAllegro, AllegroVAE]:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,16 @@ from PIL import Image
 from transformers import T5EncoderModel
 
 from tests.models.cogvideox import tiny_checkpoint
+from tests.models.oracle import STAGE, WHOLE, Build, assert_same_frames, native, opened, ours
 from vidgen import engine
 from vidgen.conditioning import Conditioning
 from vidgen.errors import ConfigError
-from vidgen.loop import Loop
 from vidgen.sampling.step import Draws
 from vidgen.text.prompt import Prompt
 from vidgen.types import Hooks, Media, Request
 
-STAGE = 1e-4
-"""fp32 on both sides; sums in another order."""
-WHOLE = 1e-3
-"""A few steps of guidance 3 multiply the stages' rounding. Frames lie in [0, 1]."""
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 PROMPT, NEGATIVE = "a red circle moving left", "blue &amp; green  dog"
 HEIGHT, WIDTH = 32, 48
 ORACLES = {
@@ -43,27 +40,6 @@ ORACLES = {
     "i2v": CogVideoXImageToVideoPipeline,
     "v2v": CogVideoXVideoToVideoPipeline,
 }
-
-Build = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    made: dict[str, Path] = {}
-
-    def once(kind: str = "2b", **options: Any) -> Path:
-        key = repr((kind, sorted(options.items())))
-        if key not in made:
-            made[key] = tiny_checkpoint.build(tmp_path_factory.mktemp("cogvideox"), kind, **options)
-        return made[key]
-
-    return once
 
 
 def picture(seed: int = 0) -> np.ndarray:
@@ -95,9 +71,7 @@ def zipped(frames: np.ndarray) -> bytes:
 
 
 def oracle(folder: Path, task: str, **options: Any) -> Any:
-    pipe = ORACLES[task].from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return opened(ORACLES[task], folder, **options)
 
 
 def theirs(pipe: Any, request: Request, **options: Any) -> Any:
@@ -132,22 +106,6 @@ def request(loaded: engine.Engine, **changes: Any) -> Request:
     if loaded.task == "v2v":
         values["video"] = media(zipped(clip(values["num_frames"], values["seed"])))
     return loaded.request(values.pop("prompt"), **values)
-
-
-def ours(loaded: engine.Engine, *requests: Request) -> list[np.ndarray]:
-    return [np.concatenate(list(video.chunks)) for video in loaded.generate(requests)]
-
-
-def native(loaded: engine.Engine) -> Any:
-    assert isinstance(loaded.backend, Loop)
-    return loaded.backend.pipeline
-
-
-def assert_same_frames(uint8: np.ndarray, floats: np.ndarray) -> None:
-    assert uint8.shape == floats.shape
-    assert floats.std() > 0.05, "the oracle's frames are flat, so that they would prove nothing"
-    # 0.5 is the rounding to uint8.
-    assert np.abs(uint8.astype(np.float64) - floats * 255).max() <= 0.5 + WHOLE * 255
 
 
 KINDS = {

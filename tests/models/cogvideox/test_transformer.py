@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,15 +15,11 @@ from tests.models.cogvideox.tiny_checkpoint import KINDS, build_transformer
 from vidgen.models.cogvideox.params import transformer_params
 from vidgen.models.cogvideox.transformer import CogVideoXTransformer3DModel
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 CLOSE = 1e-4
 """fp32 on both sides; text and video tokens are summed in another order."""
 TEXT = 226
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def both(kind: str, **changes: Any) -> tuple[OracleTransformer, CogVideoXTransformer3DModel]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -15,14 +14,10 @@ from tests.models.cogvideox.tiny_checkpoint import build_vae
 from vidgen.models.cogvideox.params import vae_params
 from vidgen.models.cogvideox.vae import CogVideoXVAE, chunks
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 CLOSE = 1e-4
 """fp32 on both sides; the decoder's norms are conditioned before latents are enlarged, not after."""
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def both(**changes: Any) -> tuple[AutoencoderKLCogVideoX, CogVideoXVAE]:

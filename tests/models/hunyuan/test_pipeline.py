@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoImageToVideoPipeline, HunyuanVideoPipeline
 from PIL import Image
 
-from tests.models.hunyuan import tiny_checkpoint
+from tests.models.oracle import STAGE, Build, assert_same_frames, opened, ours
 from vidgen import engine
 from vidgen.conditioning import Conditioning
 from vidgen.errors import CheckpointError
@@ -22,34 +21,11 @@ from vidgen.sampling.step import Draws
 from vidgen.text.llama_clip import PicturePrompt
 from vidgen.types import Request
 
-STAGE = 1e-4
-"""fp32 on both sides; sums in another order."""
-WHOLE = 1e-3
-"""A few steps add up the stages' rounding. Frames lie in [0, 1]."""
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 SIZE: dict[str, Any] = {"height": 48, "width": 64, "num_frames": 9, "num_inference_steps": 3, "seed": 7}
 PROMPT, NEGATIVE = "a red circle moving left", "the blue dog"
 KINDS = {"t2v": "t2v", "replace": "i2v", "concat": "i2v"}
-
-Build = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    made: dict[str, Path] = {}
-
-    def once(kind: str = "t2v", **options: Any) -> Path:
-        key = repr((kind, sorted(options.items())))
-        if key not in made:
-            made[key] = tiny_checkpoint.build(tmp_path_factory.mktemp(kind), kind, **options)
-        return made[key]
-
-    return once
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +52,7 @@ def request(loaded: engine.Engine, kind: str, picture: Path, **changes: Any) -> 
 
 def oracle(folder: Path, kind: str, **options: Any) -> Any:
     pipeline = HunyuanVideoPipeline if kind == "t2v" else HunyuanVideoImageToVideoPipeline
-    pipe = pipeline.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return opened(pipeline, folder, **options)
 
 
 def theirs(pipe: Any, asked: Request, picture: Path, **options: Any) -> np.ndarray:
@@ -96,17 +70,6 @@ def theirs(pipe: Any, asked: Request, picture: Path, **options: Any) -> np.ndarr
         **image,
         **{"output_type": "np"} | options,
     ).frames[0]
-
-
-def ours(loaded: engine.Engine, *requests: Request) -> list[np.ndarray]:
-    return [np.concatenate(list(video.chunks)) for video in loaded.generate(requests)]
-
-
-def assert_same_frames(uint8: np.ndarray, floats: np.ndarray) -> None:
-    assert uint8.shape == floats.shape
-    assert floats.std() > 0.05, "the oracle's frames are flat, so that they would prove nothing"
-    # 0.5 is the rounding to uint8.
-    assert np.abs(uint8.astype(np.float64) - floats * 255).max() <= 0.5 + WHOLE * 255
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,8 @@ from tests.models.hunyuan import published, tiny_checkpoint
 from vidgen.models.hunyuan.params import transformer_params
 from vidgen.models.hunyuan.transformer import HunyuanVideoTransformer3DModel, TextContext
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 # Sums in another order, and rope angles in float64; observed 1e-6.
 STAGE = 1e-4
 # Matrix products of a batch of two are blocked differently; observed 1e-6.
@@ -29,12 +31,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LENGTHS = (9, 4)
 TIMESTEP, GUIDANCE = torch.tensor([988.49, 13.0]), torch.tensor([6000.0, 3500.0])
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def pair(name: str) -> tuple[Oracle, HunyuanVideoTransformer3DModel]:

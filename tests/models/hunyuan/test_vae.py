@@ -13,6 +13,8 @@ from tests.models.hunyuan import published, tiny_checkpoint
 from vidgen.models.hunyuan.params import vae_params
 from vidgen.models.hunyuan.vae import HunyuanVAE
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 # Attention frame by frame and seams in one product sum in another order; observed 5e-6.
 STAGE = 1e-4
 
@@ -27,12 +29,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 TILES = (32, 32, 16, 24)
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def pair(name: str = "tiny") -> tuple[Oracle, HunyuanVAE]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,44 +16,20 @@ from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_sche
 from PIL import Image
 from torch import Tensor
 
-from tests.models.ltx import tiny_checkpoint
 from tests.models.ltx.tiny_checkpoint import CASES, PIPELINES, SIZE
+from tests.models.oracle import STAGE, WHOLE, Build, assert_same_frames, native, opened, ours
 from vidgen import engine
 from vidgen.conditioning import Conditioning
 from vidgen.errors import CheckpointError
-from vidgen.loop import Loop
 from vidgen.models.ltx.pipeline import linear_quadratic, pack, unpack
 from vidgen.sampling.step import Draws
 from vidgen.text.prompt import Prompt
 from vidgen.types import Hooks, Media, Request
 
-STAGE = 1e-4
-"""fp32 on both sides; sums in another order."""
-WHOLE = 1e-3
-"""A few steps of guidance multiply the stages' rounding. Frames lie in [0, 1]."""
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 PROMPT, NEGATIVE = "a red circle moving left", "blue dog"
 DISTILLED = (1000.0, 725.0, 0.03)
-
-Build = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    made: dict[str, Path] = {}
-
-    def once(**options: Any) -> Path:
-        key = repr(sorted(options.items()))
-        if key not in made:
-            made[key] = tiny_checkpoint.build(tmp_path_factory.mktemp("ltx"), **options)
-        return made[key]
-
-    return once
 
 
 def picture(seed: int = 0, height: int = 64, width: int = 96) -> Image.Image:
@@ -69,9 +44,7 @@ def as_media(image: Image.Image) -> Media:
 
 
 def oracle(folder: Path, pipeline: str, **options: Any) -> Any:
-    pipe = PIPELINES[pipeline].from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return opened(PIPELINES[pipeline], folder, **options)
 
 
 def theirs(pipe: Any, request: Request, image: Image.Image | None = None, **options: Any) -> Any:
@@ -93,22 +66,6 @@ def theirs(pipe: Any, request: Request, image: Image.Image | None = None, **opti
         generator=torch.manual_seed(request.seed),
         **params | {"output_type": "np"} | options,
     ).frames[0]
-
-
-def ours(loaded: engine.Engine, *requests: Request) -> list[np.ndarray]:
-    return [np.concatenate(list(video.chunks)) for video in loaded.generate(requests)]
-
-
-def native(loaded: engine.Engine) -> Any:
-    assert isinstance(loaded.backend, Loop)
-    return loaded.backend.pipeline
-
-
-def assert_same_frames(uint8: np.ndarray, floats: np.ndarray) -> None:
-    assert uint8.shape == floats.shape
-    assert floats.std() > 0.02, "the oracle's frames are flat, so that they would prove nothing"
-    # 0.5 is the rounding to uint8.
-    assert np.abs(uint8.astype(np.float64) - floats * 255).max() <= 0.5 + WHOLE * 255
 
 
 def request(loaded: engine.Engine, params: dict[str, Any] | None = None, **changes: Any) -> Request:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from vidgen.errors import CheckpointError, ConfigError
 from vidgen.models.ltx import spec
 from vidgen.models.ltx.transformer import LTXVideoTransformer3DModel
 from vidgen.types import Media, Request
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 Configs = dict[str, dict[str, Any]]
 FILES = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
@@ -38,12 +39,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("ltx")
         built[version] = tiny_checkpoint.build(folder, version=version, pipeline=pipeline)
     return built
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def configs(folder: Path) -> Configs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ from tests.models.ltx.tiny_checkpoint import TRANSFORMER
 from tests.models.offline import randomise
 from vidgen.models.ltx.params import transformer_params
 from vidgen.models.ltx.transformer import LTXVideoTransformer3DModel, TextContext
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 # The same fp32 products and sums; observed 1e-6.
 STAGE = 1e-4
@@ -31,12 +32,6 @@ GRID = (3, 2, 3)
 TOKENS = 18
 TIMESTEP = torch.tensor([988.49, 13.0])
 LENGTHS = (3, 5)
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def pair(name: str) -> tuple[Oracle, LTXVideoTransformer3DModel]:

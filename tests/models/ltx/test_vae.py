@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,17 +15,13 @@ from vidgen.models.ltx.params import vae_params
 from vidgen.models.ltx.vae import LTXVAE
 from vidgen.sampling.step import Draws
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 # The same fp32 products in another order; observed 2e-6 on values of order 1.
 STAGE = 1e-4
 # Cut into pieces or whole: the same products, split over other calls. Observed 0 to 2e-6.
 SPLIT = 1e-5
 TIMESTEP = 0.05
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def pair(version: str) -> tuple[AutoencoderKLLTXVideo, LTXVAE]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +12,23 @@ from diffusers import MochiPipeline
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
 from tests.models.mochi import tiny_checkpoint
+from tests.models.oracle import STAGE, WHOLE, Build, assert_same_frames, native, opened, ours
 from vidgen import engine
 from vidgen.conditioning import Conditioning
 from vidgen.errors import CheckpointError
-from vidgen.loop import Loop, State
+from vidgen.loop import State
 from vidgen.models.mochi.pipeline import linear_quadratic
 from vidgen.sampling.step import Draws
 from vidgen.text.prompt import Prompt
 from vidgen.types import Request
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
+pytestmark = [pytest.mark.usefixtures("without_gradients"), pytest.mark.filterwarnings("ignore:In CPU autocast")]
 
-STAGE = 1e-4
-"""fp32 on both sides; sums in another order."""
-WHOLE = 1e-3
-"""A few steps of guidance 4.5 multiply the stages' rounding. Frames lie in [0, 1]."""
 PROMPT, NEGATIVE = "a red circle moving left", "blue &amp; green  dog"
-
-Build = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    made: dict[str, Path] = {}
-
-    def once(**options: Any) -> Path:
-        key = repr(sorted(options.items()))
-        if key not in made:
-            made[key] = tiny_checkpoint.build(tmp_path_factory.mktemp("mochi"), **options)
-        return made[key]
-
-    return once
 
 
 def oracle(folder: Path, **options: Any) -> MochiPipeline:
-    pipe = MochiPipeline.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return opened(MochiPipeline, folder, **options)
 
 
 def theirs(pipe: MochiPipeline, request: Request, **options: Any) -> Any:
@@ -70,22 +43,6 @@ def theirs(pipe: MochiPipeline, request: Request, **options: Any) -> Any:
         generator=torch.Generator().manual_seed(request.seed),
         **{"output_type": "np", **options},
     ).frames[0]
-
-
-def ours(loaded: engine.Engine, *requests: Request) -> list[np.ndarray]:
-    return [np.concatenate(list(video.chunks)) for video in loaded.generate(requests)]
-
-
-def native(loaded: engine.Engine) -> Any:
-    assert isinstance(loaded.backend, Loop)
-    return loaded.backend.pipeline
-
-
-def assert_same_frames(uint8: np.ndarray, floats: np.ndarray) -> None:
-    assert uint8.shape == floats.shape
-    assert floats.std() > 0.05, "the oracle's frames are flat, so that they would prove nothing"
-    # 0.5 is the rounding to uint8.
-    assert np.abs(uint8.astype(np.float64) - floats * 255).max() <= 0.5 + WHOLE * 255
 
 
 def request(loaded: engine.Engine, prompt: str = PROMPT, **changes: Any) -> Request:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
+from tests.models.oracle import STAGE, WHOLE, Build, assert_same_frames, native, opened, ours
 from tests.models.wan import tiny_checkpoint
 from vidgen import engine
 from vidgen.conditioning import Conditioning
@@ -21,39 +21,14 @@ from vidgen.sampling.step import Draws
 from vidgen.text.prompt import Prompt
 from vidgen.types import Request
 
-STAGE = 1e-4
-"""fp32 on both sides; sums in another order."""
-WHOLE = 1e-3
-"""A few steps of guidance 5 multiply the stages' rounding. Frames lie in [0, 1]."""
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 SIZE = {"height": 32, "width": 48, "num_frames": 9}
 PROMPT, NEGATIVE = "a red circle moving left", "blue &amp; green  dog"
 
-Build = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    made: dict[str, Path] = {}
-
-    def once(**options: Any) -> Path:
-        key = repr(sorted(options.items()))
-        if key not in made:
-            made[key] = tiny_checkpoint.build(tmp_path_factory.mktemp("wan"), **options)
-        return made[key]
-
-    return once
-
 
 def oracle(folder: Path, **options: Any) -> WanPipeline:
-    pipe = WanPipeline.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return opened(WanPipeline, folder, **options)
 
 
 def theirs(pipe: WanPipeline, request: Request, **options: Any) -> np.ndarray:
@@ -70,22 +45,6 @@ def theirs(pipe: WanPipeline, request: Request, **options: Any) -> np.ndarray:
         generator=torch.Generator().manual_seed(request.seed),
         **options,
     ).frames[0]
-
-
-def ours(loaded: engine.Engine, *requests: Request) -> list[np.ndarray]:
-    return [np.concatenate(list(video.chunks)) for video in loaded.generate(requests)]
-
-
-def native(loaded: engine.Engine) -> Any:
-    assert isinstance(loaded.backend, Loop)
-    return loaded.backend.pipeline
-
-
-def assert_same_frames(uint8: np.ndarray, floats: np.ndarray) -> None:
-    assert uint8.shape == floats.shape
-    assert floats.std() > 0.05, "the oracle's frames are flat, so that they would prove nothing"
-    # 0.5 is the rounding to uint8.
-    assert np.abs(uint8.astype(np.float64) - floats * 255).max() <= 0.5 + WHOLE * 255
 
 
 def request(loaded: engine.Engine, **changes: Any) -> Request:

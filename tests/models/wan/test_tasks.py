@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.models.oracle import STAGE, WHOLE, Build, opened
 from tests.models.wan import tiny_checkpoint
 from tests.models.wan.tiny_checkpoint import CASES, CONCATENATED, DENSE_VAE, ONE_IMAGE
 from vidgen import engine
@@ -26,19 +26,9 @@ from vidgen.models.wan.pipeline import Branch, WanPipeline
 from vidgen.sampling.step import Draws, Start
 from vidgen.types import Hooks, Request
 
-STAGE = 1e-4
-"""fp32 on both sides; sums in another order."""
-WHOLE = 1e-3
-"""A few guided steps multiply the stages' rounding."""
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
-
-Build = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +94,7 @@ def last_latents(loaded: engine.Engine, *requests: Request) -> Tensor:
 
 
 def oracle(name: str, folder: Path, **options: Any) -> Any:
-    pipe = getattr(diffusers, name).from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return opened(getattr(diffusers, name), folder, **options)
 
 
 def theirs(pipe: Any, request: Request, **arguments: Any) -> Tensor:
