@@ -96,8 +96,10 @@ def test_stop_and_retry_and_gc_tell_a_person_what_they_did(tmp_path: Path, capsy
     assert capsys.readouterr().out.strip() == "nothing to reopen"
     assert main(["gc", output, "--older-than", "0s", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["removed"] == 0
-    with pytest.raises(SystemExit):
-        main(["gc", output, "--older-than", "yesterday"])
+    for age in ("yesterday", "nan", "inf", "-5h"):
+        with pytest.raises(SystemExit):
+            main(["gc", output, f"--older-than={age}"])
+        assert "is not an age; write 24h" in capsys.readouterr().err
 
 
 def test_models_lists_every_family_with_its_tasks_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:

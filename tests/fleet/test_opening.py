@@ -10,7 +10,9 @@ import pytest
 
 from tests.fleet.inline import config_for, write_prompts
 from vidgen.errors import ConfigError
+from vidgen.fleet.driver import Limits
 from vidgen.fleet.opening import SUBMITTED, deadline_of, open_store, prepare
+from vidgen.fleet.run import limits_of
 
 NOW = datetime(2026, 5, 1, 22, 30, tzinfo=timezone(timedelta(hours=2)))
 
@@ -31,6 +33,12 @@ def test_a_deadline_is_a_time_of_day_or_a_date(text: str, expected: datetime) ->
 def test_a_deadline_that_is_no_time_is_a_configuration_error_that_shows_it() -> None:
     with pytest.raises(ConfigError, match="'tomorrow'"):
         deadline_of("tomorrow", NOW)
+
+
+def test_a_driver_is_given_the_budget_and_the_deadline_of_the_configuration() -> None:
+    config = config_for("p.parquet", "memory://x", run__max_gpu_hours=1.5, run__deadline="2026-05-01T06:00+00:00")
+    assert limits_of(config) == Limits(5400.0, datetime(2026, 5, 1, 6, tzinfo=timezone.utc).timestamp())
+    assert limits_of(config_for("p.parquet", "memory://x")) == Limits(None, None)
 
 
 def test_a_relative_output_is_refused_in_a_submitted_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

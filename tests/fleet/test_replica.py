@@ -103,3 +103,4 @@ def test_each_failure_has_its_class(error: Exception, error_class: str) -> None:
 def test_a_failure_is_told_in_one_line_with_its_type_unless_it_is_ours() -> None:
     assert describe(ItemError("the clip\n is black")) == "the clip is black"
     assert describe(KeyError("x")) == "KeyError: 'x'"
+    assert describe(ItemError("frame \x1b[2J.png is damaged")) == r"frame \x1b[2J.png is damaged"

@@ -48,8 +48,8 @@ def job(prompts: str, output: Path) -> Any:
 @pytest.fixture
 def output(failed: Path, tmp_path: Path) -> str:
     """A copy of it."""
-    shutil.copytree(failed, tmp_path / "out")
-    return str(tmp_path / "out")
+    shutil.copytree(failed, tmp_path / "my out")
+    return str(tmp_path / "my out")
 
 
 def test_failures_are_grouped_with_an_example_and_the_command_that_opens_each_group_alone(
@@ -68,7 +68,11 @@ def test_failures_are_grouped_with_an_example_and_the_command_that_opens_each_gr
 def test_the_commands_are_shown_to_a_person(output: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", output]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("vidgen retry") == 4 and "error_class = '\"'\"'capacity'\"'\"'" in shown
+    assert (
+        shown.count("vidgen retry") == 4
+        and f"vidgen retry {shlex.quote(output)}\n" in shown
+        and "error_class = '\"'\"'capacity'\"'\"'" in shown
+    )
 
 
 @pytest.mark.parametrize(

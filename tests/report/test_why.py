@@ -160,7 +160,7 @@ def test_a_pending_item_has_no_commit_yet_and_an_unknown_one_names_the_nearest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "out")
-    prompts = write_prompts(tmp_path / "p.parquet", 2, id=["sunset-1", "harbour-2"])
+    prompts = write_prompts(tmp_path / "p.parquet", 2, id=["sunset-1", "harbour-\x1b[2J2"])
     build(config_for(prompts, output, dataset__id_column="id"), Objects(output))
     found = why(capsys, output, "sunset-1")["item"]
     assert isinstance(found, dict) and found["status"] == "pending"
@@ -168,3 +168,5 @@ def test_a_pending_item_has_no_commit_yet_and_an_unknown_one_names_the_nearest(
     assert main(["why", output, "sunset-3"]) == 2
     said = capsys.readouterr().err
     assert "'sunset-3' is no item id and no row id" in said and "near it: sunset-1" in said
+    assert main(["why", output, "harbour-2"]) == 2
+    assert r"near it: harbour-\x1b[2J2" in capsys.readouterr().err

@@ -63,6 +63,9 @@ def age(text: str) -> float:
     """Seconds of 24h, 90m, 2d."""
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
     try:
-        return float(text[:-1]) * unit if unit else float(text)
+        seconds = float(text[:-1]) * unit if unit else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an age; write 24h, 90m, 2d") from None
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an age; write 24h, 90m, 2d")
+    return seconds

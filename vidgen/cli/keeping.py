@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import asdict
 
 from vidgen.cli.command import Commands, age, print_json
@@ -32,9 +33,8 @@ def _retry(options: argparse.Namespace) -> int:
     elif chosen.generation is None:
         print("nothing to reopen")
     else:
-        print(
-            f"reopened {chosen.items} items in generation {chosen.generation}; next: vidgen generate {options.output}"
-        )
+        following = shlex.join(["vidgen", "generate", options.output])
+        print(f"reopened {chosen.items} items in generation {chosen.generation}; next: {following}")
     return 0
 
 

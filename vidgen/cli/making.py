@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -90,13 +91,14 @@ def _summary(output: str, outcome: Any, page: str, plans: Sequence[Any]) -> None
     console.print(f"  output  {output}", markup=False, highlight=False, soft_wrap=True)
     if page:
         console.print(f"  report  {page}", markup=False, highlight=False, soft_wrap=True)
-    following = [f"vidgen verify {output}"]
+    place = shlex.quote(output)
+    following = [f"vidgen verify {place}"]
     if outcome.code in (0, SOME_FAILED) and not page:
-        following.append(f"vidgen report {output}")
+        following.append(f"vidgen report {place}")
     if outcome.code == SOME_FAILED:
-        following += [f"vidgen status {output}", f"vidgen retry {output}"]
+        following += [f"vidgen status {place}", f"vidgen retry {place}"]
     if counts["pending"]:
-        following = [f"vidgen status {output}", f"vidgen generate {output}"]
+        following = [f"vidgen status {place}", f"vidgen generate {place}"]
     console.print("next:", style="dim")
     for command in following:
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)

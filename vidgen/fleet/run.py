@@ -135,7 +135,7 @@ def _drive(
             if only is not None:  # a bad configuration is not to burn even the sample
                 enough = min(rules.breaker_failures, max(rules.max_attempts + 1, pending))
                 rules = replace(rules, breaker_failures=enough)
-            return driver.run(rules, replicas.names, _limits(run.config))
+            return driver.run(rules, replicas.names, limits_of(run.config))
         finally:
             fleet.close()
             cluster.disconnect()
@@ -239,7 +239,8 @@ def _rungs(run: Run, settings: Settings) -> tuple[str, ...]:
     )
 
 
-def _limits(config: JobConfig) -> Limits:
+def limits_of(config: JobConfig) -> Limits:
+    """What `run.max_gpu_hours` and `run.deadline` mean for a driver that starts now."""
     hours = config.run.max_gpu_hours
     deadline = deadline_of(config.run.deadline, datetime.now().astimezone()) if config.run.deadline else None
     return Limits(gpu_seconds=hours * 3600 if hours is not None else None, deadline=deadline)

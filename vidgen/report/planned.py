@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -53,7 +54,7 @@ def show(result: PlanResult, output: str, console: Console, forecast: Mapping[st
     slow = duration(estimate["seconds_per_item_one_core"])
     console.print(f"  on a CPU  about {slow} an item and core, for the costliest", highlight=False)
     if plan.parts:
-        console.print(f"next:\n  vidgen generate {output}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"next:\n  vidgen generate {shlex.quote(output)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def forecasted(forecast: Mapping[str, Any], console: Console) -> None:

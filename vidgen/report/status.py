@@ -139,14 +139,15 @@ def render(found: Status) -> Group:
     lines += [Text(f"  note: {printable(note)}") for note in found.notes]
     if found.against is not None:
         lines += against(found.against)
+    place = shlex.quote(found.output)
     if found.failures:
         table = Table("items", "failure", "example", title="failures", title_justify="left")
         for row in found.failures:
             table.add_row(str(row.count), Text(printable(row.error[:200])), row.example)
         listed = found.failures[:MOST_COMMANDS] if len(found.failures) > 1 else []
-        lines += [table, *(Text(f"  {printable(row.retry)}") for row in listed), Text(f"  vidgen retry {found.output}")]
+        lines += [table, *(Text(f"  {printable(row.retry)}") for row in listed), Text(f"  vidgen retry {place}")]
     elif found.pending and found.driver != RUNNING:
-        lines.append(Text(f"  vidgen generate {found.output}"))
+        lines.append(Text(f"  vidgen generate {place}"))
     return Group(*lines)
 
 

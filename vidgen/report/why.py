@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vidgen import VERSION
-from vidgen.errors import UserError
+from vidgen.errors import UserError, printable
 from vidgen.plan.files import part_table, read_items, rejected_table, require_plan
 from vidgen.store import commits
 from vidgen.store.objects import Objects
@@ -246,6 +246,6 @@ def _unknown(places: Sequence[Place], wanted: str) -> str:
                     column = part_table(place.objects, part).column("row_id").drop_null()
                     known.update(dict.fromkeys(column.to_pylist()))
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
-    like = f"; near it: {', '.join(near)}" if near else ""
+    like = f"; near it: {printable(', '.join(near))}" if near else ""
     where = places[0].objects.url if len(places) == 1 else f"any of the {len(places)} runs there"
     return f"{wanted!r} is no item id and no row id of {where}{like}"
