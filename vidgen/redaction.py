@@ -1,8 +1,8 @@
 """No credential in a message, a log, a plan or a report.
 
 A URL that carries credentials is refused wherever one is given (output, dataset, checkpoint, adapter, medium), since it
-would be written into plans and manifests and shown; whatever a storage library says passes `Secrets.clean` before
-anybody sees it. Refuses to know any store.
+would be written into plans and manifests and shown; whatever a storage library says passes `Secrets.clean` (outputs)
+or `clean` (inputs) before anybody sees it. Refuses to know any store.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
+
+import fsspec.config
 
 from vidgen.errors import ConfigError
 
@@ -54,6 +56,12 @@ def refuse_credentials(url: str) -> None:
     """ConfigError for a URL that carries credentials."""
     if (why := carried(url)) is not None:
         raise ConfigError(why)
+
+
+def clean(text: str) -> str:
+    """A text without any secret that this process was given: by the environment, or by the configuration of fsspec.
+    What a storage library said of a dataset, a checkpoint or a medium passes here before it is shown or kept."""
+    return Secrets(fsspec.config.conf).clean(text)
 
 
 class Secrets:

@@ -156,3 +156,37 @@ def finished(s3: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Iter
     gallery.report(s3)
     printed = capfd.readouterr()
     yield s3, printed.out, printed.err
+
+
+INPUTS = {
+    "dataset": {"dataset": {"path": "s3://planted/p.parquet"}},
+    "datasets": {"dataset": {"path": "s3://planted/*.parquet"}},
+    "checkpoint": {"model": {"family": "wan", "checkpoint": "s3://planted/wan"}},
+    "family": {"model": {"family": "auto", "checkpoint": "s3://planted/wan"}},
+    "adapter": {"model": {"family": "wan", "checkpoint": "demo", "loras": [{"path": "s3://planted/l.safetensors"}]}},
+    "medium": {"model": {"family": "testcard", "task": "i2v"}, "dataset": {"columns": {"image": "picture"}}},
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_what_a_library_says_of_an_input_is_shown_and_kept_without_the_secret(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The address of the store, which the environment gives, holds a password; botocore quotes it."""
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://me:{SECRET}@127.0.0.1:9", "anon": True})
+    prompts = write_prompts(tmp_path / "p.parquet", 2, picture=["s3://planted/p.png", "red.png"])
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    rooms = {"model": {"family": "testcard"}, "dataset": {"path": prompts}, "output": {"path": str(tmp_path / "out")}}
+    job = {room: {**rooms.get(room, {}), **INPUTS[name].get(room, {})} for room in rooms}
+    (tmp_path / "job.yaml").write_text(json.dumps({"name": "planted", **job}))
+    for options in (["--json"], ["--debug"]):
+        assert cli.main(["plan", str(tmp_path / "job.yaml"), *options]) == (0 if name == "medium" else 2)
+        shown_to_a_person = "".join(capfd.readouterr())
+        assert "http://***@127.0.0.1:9" in shown_to_a_person and SECRET not in shown_to_a_person
+    for file in (tmp_path / "out").rglob("*"):
+        assert file.is_dir() or SECRET.encode() not in file.read_bytes(), file
+
+
+def test_what_a_replica_says_of_a_failure_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"secret": SECRET})
+    assert describe(OSError(f"you signed with {SECRET}")) == "OSError: you signed with ***"

@@ -18,6 +18,7 @@ from vidgen import VERSION
 from vidgen.cli import keeping, looking, making, models, packing
 from vidgen.cli.command import FAILED, HELD, INTERRUPTED, RESUMABLE, USAGE, Commands, print_json
 from vidgen.errors import DamagedError, InfrastructureError, UserError
+from vidgen.redaction import clean
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,22 +38,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _error(options, error, HELD)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except Exception:  # nobody's whom we know: shown as Python shows it, if that shows no secret
+        told = traceback.format_exc()
+        if clean(told) == told:
+            raise
+        print(clean(told), file=sys.stderr)
+        code = FAILED
     return 0 if code in getattr(options, "ok_exit", ()) else code
 
 
 def _error(options: argparse.Namespace, error: Exception, code: int) -> int:
     if options.debug:
-        traceback.print_exc()
+        print(clean(traceback.format_exc()), file=sys.stderr)
+    said = clean(str(error))
     if options.json:
-        print_json({"error": str(error), "exit": code})
+        print_json({"error": said, "exit": code})
     elif getattr(options, "log", "text") == "json":
         from vidgen.fleet import log
 
-        print(log.line(str(error), "error"), file=sys.stderr, flush=True)
+        print(log.line(said, "error"), file=sys.stderr, flush=True)
     else:
         console = Console(stderr=True)
         console.print("error", style="bold red", end=": ")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     return code
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 
 from vidgen.errors import GenerationError, InfrastructureError, printable
+from vidgen.redaction import clean
 
 CONNECTION_ERRORS = (ConnectionError, TimeoutError)
 STORAGE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE}
@@ -26,7 +27,8 @@ def classify(error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """One line that no terminal obeys: the message, with the type's name unless the error is one of ours."""
-    text = printable(" ".join(str(error).split()))
+    """One line that no terminal obeys, and no secret in it: the message, with the type's name unless the error is one
+    of ours."""
+    text = printable(clean(" ".join(str(error).split())))
     named = isinstance(error, GenerationError) and bool(text)
     return text[:2000] if named else f"{type(error).__name__}: {text}"[:2000]

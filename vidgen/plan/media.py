@@ -22,7 +22,7 @@ from vidgen.config_rules import RELATIVE
 from vidgen.errors import InfrastructureError, ItemError
 from vidgen.plan.cells import Cells, MediaCell
 from vidgen.prompts import Rows
-from vidgen.redaction import carried
+from vidgen.redaction import carried, clean
 from vidgen.types import MEDIA_FIELDS, Media, Request
 
 THREADS = 16
@@ -159,14 +159,14 @@ def _look(place: str, video: bool, again: bool = True) -> Seen | ItemError:
     try:
         return inspect.at(place, video)
     except ItemError as error:
-        return ItemError(str(error))  # without the frames that the first one holds
+        return ItemError(clean(str(error)))  # without the frames that the first one holds
     except (FileNotFoundError, PermissionError) as error:
-        return ItemError(f"{shown(place)} cannot be read: {error}")
+        return ItemError(clean(f"{shown(place)} cannot be read: {error}"))
     except Exception as error:  # each store's library raises its own
         if again:
             time.sleep(RETRY_SECONDS)
             return _look(place, video, again=False)
-        return ItemError(str(error) if isinstance(error, InfrastructureError) else f"{shown(place)}: {error!r}")
+        return ItemError(clean(str(error) if isinstance(error, InfrastructureError) else f"{shown(place)}: {error!r}"))
 
 
 def _told(label: str, name: str, problem: str) -> str:

@@ -126,7 +126,7 @@ def _find(path: str) -> tuple[Any, str, list[_Found]]:
             below = ""
         else:
             names, below = [], root
-    except (ValueError, ImportError, OSError) as error:
+    except Exception as error:  # each store's library raises its own
         raise PlanError(f"dataset.path: {path!r} cannot be read: {error}") from error
     if not names:
         if below and fs.exists(root):

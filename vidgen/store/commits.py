@@ -126,9 +126,12 @@ def read_attempts(objects: Objects, item_id: str = "") -> Iterator[Attempt]:
 
 
 def read_evidence(objects: Objects, attempt: Attempt) -> dict[str, Any]:
-    """What was said of an attempt: `error`, and `node`, `rungs`, `next` where they are known."""
-    evidence: dict[str, Any] = json.loads(objects.read(attempt.path))
-    return evidence
+    """What was said of an attempt: `error`, and `node`, `rungs`, `next` where they are known; {} if it is damaged."""
+    try:
+        evidence = json.loads(objects.read(attempt.path))
+    except ValueError:
+        return {}
+    return evidence if isinstance(evidence, dict) else {}
 
 
 def _name(path: str) -> str:
