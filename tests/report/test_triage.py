@@ -16,12 +16,15 @@ from vidgen import where
 from vidgen.cli import main
 from vidgen.errors import ConfigError
 from vidgen.fleet.dispatch import Rules
+from vidgen.plan.build import build
+from vidgen.plan.files import read_items
 from vidgen.report import status
 from vidgen.report.repair import retry
 from vidgen.report.summary import like, signature
 from vidgen.report.verify import verify
 from vidgen.store import commits, epochs
 from vidgen.store.objects import Objects
+from vidgen.types import Record
 
 TOPICS = ["sea", "sea", "city", "city", "sky", "sky", "sea", "sea"]
 
@@ -100,6 +103,20 @@ def test_a_bad_condition_opens_nothing_and_points_at_the_place(output: str) -> N
     with pytest.raises(ConfigError, match=r"unknown column hight.*did you mean height"):
         retry(output, where="hight = 96")
     assert not commits.list_generations(Objects(output))
+
+
+def test_a_quarantined_item_is_grouped_and_opened_like_a_failed_one(tmp_path: Path) -> None:
+    folder = str(tmp_path / "out")
+    objects = Objects(folder)
+    plan = build(config_for(write_prompts(tmp_path / "p.parquet", 2), folder), objects).plan
+    assert plan is not None
+    killer, _ = read_items(objects, plan, plan.parts[0])
+    record = Record(killer.item_id, killer.ordinal, "quarantined", 0, 2, error_class="replica", error="it died on two")
+    commits.commit(objects, record, "token")
+    (group,) = status.read(folder).failures
+    assert (group.count, group.example) == (1, killer.item_id)
+    assert retry(folder, where="status = 'quarantined'").items == 1
+    assert status.read(folder).pending == 2
 
 
 def test_what_was_tried_before_a_retry_stays_readable_and_counts_no_more(tmp_path: Path) -> None:
