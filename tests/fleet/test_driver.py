@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 
 from tests.fleet.inline import config_for, drive, write_prompts
 from vidgen import manifest
+from vidgen.fleet import events as ev
 from vidgen.fleet.dispatch import Rules
-from vidgen.fleet.driver import Limits
+from vidgen.fleet.driver import Driver, Limits
 from vidgen.plan.build import build
 from vidgen.plan.files import read_items
 from vidgen.report.repair import extend, retry
@@ -232,3 +234,38 @@ def test_a_lone_suspect_of_another_death_gets_one_count(tmp_path: Path) -> None:
     (attempt,) = commits.read_attempts(objects)
     assert (attempt.item_id, attempt.error_class, attempt.count, attempt.token) == (suspect, "replica", 1.0, "epoch0")
     assert outcome.code == 3 and outcome.counts == {"done": 1, "failed": 1, "quarantined": 0, "pending": 0}
+
+
+def test_a_driver_that_lost_its_run_gives_up_no_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another takes over between the failure and its commit, long before this one's next beat."""
+    prompts, output = write_prompts(tmp_path / "p.parquet", ["bad"], fails=["item"]), str(tmp_path / "out")
+    config = config_for(prompts, output, run__max_attempts=1)
+    config.dataset.columns["params.fail"] = "fails"
+    give_up = Driver._give_up
+
+    def overtaken(self: Driver, action: ev.Settle) -> None:
+        epochs.acquire(self.objects, lease=60, takeover=True)
+        give_up(self, action)
+
+    monkeypatch.setattr(Driver, "_give_up", overtaken)
+    with pytest.raises(epochs.Held):
+        drive(config)
+    assert not list(commits.list_commits(Objects(output), 0))
+
+
+def test_the_manifest_has_the_record_of_an_items_own_generation_in_whatever_order_parts_are_read(
+    tmp_path: Path,
+) -> None:
+    output = f"memory://{uuid.uuid4().hex}"
+    config, objects = config_for(write_prompts(tmp_path / "p.parquet", 1), output), Objects(output)
+    drive(config)
+    (old,) = ledger.to_records(next(ledger.read_tables(objects)))
+    objects.delete(old.video)
+    assert retry(output, missing=True).items == 1
+    drive(config)
+    for number in range(20):  # their names end in a hash: some come after the newer one's
+        ledger.write_part(objects, [replace(old, created_at=float(number))])
+    objects.delete(manifest.SUCCESS)
+    assert drive(config)[0].code == 0
+    (row,) = next(manifest.read(objects)).to_pylist()
+    assert row["generation"] == 1

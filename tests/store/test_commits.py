@@ -138,3 +138,19 @@ def test_gc_asks_whether_the_run_is_still_its_own_before_each_try_of_a_delete(
     with pytest.raises(epochs.Held):
         gc.collect(memory, 0.0, before_delete=hold, now=lambda: time.time() + 3 * 3600)
     assert len(asked) == 2
+
+
+def test_a_ledger_part_of_an_earlier_generation_settles_nothing_and_keeps_no_object(memory: Objects) -> None:
+    old, new = (commits.video_path("a" * 32, letter * 64, "mp4") for letter in "12")
+    records = [Record("a" * 32, 0, "done", generation, 1, video=path) for generation, path in ((0, old), (1, new))]
+    memory.put(old, b"video")
+    commits.commit(memory, records[0], "t")
+    ledger.write_part(memory, records[:1])
+    commits.create_generation(memory, 1, ["a" * 32], "t")
+    assert states.load(memory, 1).count("pending") == 1
+    memory.put(new, b"video")
+    commits.commit(memory, records[1], "t")
+    ledger.write_part(memory, records[1:])
+    assert states.load(memory, 1).count("done") == 1
+    assert gc.collect(memory, 0.0).removed == 1
+    assert memory.exists(new) and not memory.exists(old)

@@ -185,3 +185,21 @@ def test_a_damaged_beat_is_no_beat(objects: Objects, beat: bytes) -> None:
     pretend(objects, boot_id="another machine")
     clock = Clock()
     assert acquire(objects, clock).unclean and clock.now >= 60.0
+
+
+def test_a_beat_that_stood_still_on_its_way_is_as_old_as_its_beginning(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, elapsed, put = acquire(objects), [0.0], objects.put
+    clocks = epochs._clocks()
+    monkeypatch.setattr(epochs, "_clocks", lambda: (clocks[0] + elapsed[0], clocks[1] + elapsed[0]))
+
+    def stood_still(path: str, data: bytes) -> None:
+        elapsed[0] += 61.0
+        put(path, data)
+
+    acquire(objects, takeover=True)
+    monkeypatch.setattr(objects, "put", stood_still)
+    first.beat()
+    with pytest.raises(epochs.Held, match="epoch 1 took over"):
+        first.awake()
