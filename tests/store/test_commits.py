@@ -154,3 +154,10 @@ def test_a_ledger_part_of_an_earlier_generation_settles_nothing_and_keeps_no_obj
     assert states.load(memory, 1).count("done") == 1
     assert gc.collect(memory, 0.0).removed == 1
     assert memory.exists(new) and not memory.exists(old)
+
+
+def test_an_item_reopened_twice_is_in_its_highest_generation(memory: Objects) -> None:
+    for number in (1, 2, 10):
+        commits.create_generation(memory, number, [record(0).item_id], "t")
+    assert commits.list_generations(memory) == [1, 2, 10]
+    assert commits.read_generations(memory) == {record(0).item_id: 10}
