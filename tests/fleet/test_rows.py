@@ -110,7 +110,7 @@ def test_a_row_that_killed_a_replica_under_an_earlier_driver_is_quarantined_by_t
     plan = build(config, objects).plan
     killer = next(read_items(objects, plan, plan.parts[0])).item_id
     for count, node in ((0.5, "alpha"), (0.0, "gamma")):
-        attempt = commits.Attempt(killer, 0, "replica", count, f"t{count:g}")
+        attempt = commits.Attempt(killer, 0, "replica", count, node)
         commits.record_attempt(objects, attempt, {"error": "killed", "node": node})
     outcome, fleet = run(config, broken=False, killer=killer, host=host, replicas=1)
     assert outcome.code == 3 and outcome.counts["done"] == 2 and outcome.counts[status] == 1
