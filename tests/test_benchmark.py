@@ -22,6 +22,7 @@ def test_planning_is_measured_in_rows_a_second_and_peak_memory() -> None:
     printed = benchmark("plan", "--rows", "3000")
     assert re.search(r"plan: 3,000 rows in .* rows/s, peak RSS [\d,]+ MiB", printed), printed
     assert re.search(r"read: 3,000 items", printed), printed
+    assert re.search(r"manifest: 3,000 rows of 1 ledger parts in .* rows/s, peak RSS", printed), printed
 
 
 def test_dispatch_is_measured_in_items_a_second_with_commits() -> None:

@@ -19,6 +19,7 @@ from vidgen.errors import PlanError
 from vidgen.plan.files import part_table, rejected_table, total_rejected
 from vidgen.store import commits, ledger
 from vidgen.store.objects import Objects
+from vidgen.store.ordered import Ordered
 from vidgen.store.state import NAMES, State
 from vidgen.types import MANIFEST_COLUMNS, Part, Plan, Record
 
@@ -153,13 +154,14 @@ def _names(plans: Sequence[Plan]) -> Iterator[tuple[str, tuple[Plan, Part, bool]
 
 
 def _parts(objects: Objects, plans: Sequence[Plan], state: State) -> Iterator[tuple[str, pa.Table]]:
+    settled = Ordered(objects)
     for name, (plan, part, planned) in _names(plans):
-        yield name, (_items(objects, plan, part, state) if planned else _rejected(objects, plan, part))
+        yield name, (_items(objects, settled, plan, part, state) if planned else _rejected(objects, plan, part))
 
 
-def _items(objects: Objects, plan: Plan, part: Part, state: State) -> pa.Table:
+def _items(objects: Objects, settled: Ordered, plan: Plan, part: Part, state: State) -> pa.Table:
     planned = part_table(objects, part)
-    records = _records(objects, part, state, planned.column("item_id").to_pylist())
+    records = _records(objects, settled, part, state, planned.column("item_id").to_pylist())
     columns: dict[str, pa.Array | pa.ChunkedArray] = {}
     for name, kind in _FROM_PLAN.items():
         columns[name] = planned.column(name).cast(kind)
@@ -172,13 +174,12 @@ def _items(objects: Objects, plan: Plan, part: Part, state: State) -> pa.Table:
     return _assemble(plan, columns, planned)
 
 
-def _records(objects: Objects, part: Part, state: State, item_ids: list[str]) -> list[Record | None]:
+def _records(objects: Objects, settled: Ordered, part: Part, state: State, item_ids: list[str]) -> list[Record | None]:
     """The record that counts of each item of a part: from the ledger, else from the commit itself."""
     records: list[Record | None] = [None] * part.items
-    for table in ledger.read_tables(objects, part.first, part.first + part.items - 1):
-        for record in ledger.to_records(table):
-            if record.generation == state.generation_of(record.item_id):
-                records[record.ordinal - part.first] = record
+    for record in ledger.to_records(settled.between(part.first, part.first + part.items - 1)):
+        if record.generation == state.generation_of(record.item_id):
+            records[record.ordinal - part.first] = record
     for index, item_id in enumerate(item_ids):
         if records[index] is None and not state.is_pending(part.first + index):
             records[index] = commits.read_commit(objects, state.generation_of(item_id), item_id)

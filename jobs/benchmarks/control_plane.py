@@ -21,11 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vidgen import manifest
 from vidgen.config import from_dict
 from vidgen.plan.build import build
 from vidgen.plan.files import read_items
 from vidgen.store import commits, ledger, state
-from vidgen.store.objects import Objects
+from vidgen.store.objects import Objects, new_token
 from vidgen.types import Record
 
 LEDGER_RECORDS = 5_000
@@ -34,7 +35,8 @@ SUBJECTS = ("fox", "river", "old lighthouse", "paper boat", "market at dusk", "d
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    """Plans `rows` prompts of the test card into a local folder: rows/s, peak memory, bytes of the plan."""
+    """Plans `rows` prompts of the test card into a local folder, and writes the manifest of a run that settled them in
+    any order: rows/s, peak memory, bytes of the plan."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "prompts.parquet")
         _write_prompts(source, arguments.rows, arguments.ids)
@@ -58,9 +60,30 @@ def plan(arguments: argparse.Namespace) -> None:
             f"{len(result.plan.parts)} parts"
         )
         started = time.perf_counter()
-        items = sum(1 for part in result.plan.parts for _ in read_items(objects, result.plan, part))
+        ids = [item.item_id for part in result.plan.parts for item in read_items(objects, result.plan, part)]
         seconds = time.perf_counter() - started
-        print(f"read: {items:,} items in {seconds:.1f} s = {items / seconds:,.0f} items/s")
+        print(f"read: {len(ids):,} items in {seconds:.1f} s = {len(ids) / seconds:,.0f} items/s")
+        parts = _settle(objects, ids)
+        held = state.load(objects, len(ids))
+        started = time.perf_counter()
+        manifest.write(objects, [result.plan], held, new_token())
+        seconds = time.perf_counter() - started
+        print(
+            f"manifest: {len(ids):,} rows of {parts:,} ledger parts in {seconds:.1f} s = "
+            f"{len(ids) / seconds:,.0f} rows/s, peak RSS {_peak_rss():,.0f} MiB"
+        )
+
+
+def _settle(objects: Objects, ids: list[str]) -> int:
+    """A ledger of these items, settled in a random order; returns its parts."""
+    order = np.random.default_rng(0).permutation(len(ids)).tolist()
+    for first in range(0, len(order), LEDGER_RECORDS):
+        settled = order[first : first + LEDGER_RECORDS]
+        ledger.write_part(
+            objects,
+            [Record(ids[n], n, "done", 0, 1, video=commits.video_path(ids[n], ids[n], "mp4")) for n in settled],
+        )
+    return -(-len(order) // LEDGER_RECORDS)
 
 
 def dispatch(arguments: argparse.Namespace) -> None:
