@@ -9,6 +9,7 @@ import tracemalloc
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -387,3 +388,53 @@ def test_a_cell_of_a_remote_dataset_is_read(bucket: str) -> None:
     with fsspec.open(f"{bucket}/a.parquet", "wb") as handle:
         handle.write(buffer.getvalue())
     assert level(Media(places.cell_url(f"{bucket}/a.parquet", 0, "pic"), "")) == 9
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A picture at /a.png; /here leads to it, /away to a server of another scheme."""
+
+    def do_GET(self) -> None:
+        target = {"/here": "/a.png", "/away": "https://127.0.0.1:9/a.png", "/out": "ftp://127.0.0.1/a.png"}.get(
+            self.path
+        )
+        self.send_response(302 if target else 200)
+        if target:
+            self.send_header("Location", target)
+        self.send_header("Content-Length", "0" if target else str(len(png(7))))
+        self.end_headers()
+        if not target and self.command == "GET":
+            self.wfile.write(png(7))
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_redirect_is_followed_within_its_scheme(web: str) -> None:
+    assert sources.find(f"http://{web}/here").read(limits.IMAGE_BYTES) == png(7)
+
+
+@pytest.mark.parametrize("url", ["http://{}/away", "http://{}/out", "simplecache::http://{}/away"])
+def test_a_redirect_to_another_scheme_is_refused_before_that_is_asked(url: str, web: str) -> None:
+    with pytest.raises(
+        ItemError, match=r"http://.* leads to another scheme, (https|ftp)://127.0.0.1.*, which is not followed"
+    ):
+        sources.find(url.format(web)).read(limits.IMAGE_BYTES)
+
+
+def test_a_medium_whose_size_nobody_says_is_not_read_beyond_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "long").write_bytes(b"x" * 100)
+    unknown = replace(sources.find(str(tmp_path / "long")), size=None)
+    assert unknown.digest(100) == hashlib.sha256(b"x" * 100).hexdigest()
+    with pytest.raises(ItemError, match="long has more than 99 bytes"):
+        unknown.digest(99)

@@ -83,7 +83,7 @@ def write(
     before_write: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes every part and then `_SUCCESS.json`, replacing one that no longer matches. Expects the ledger to be
-    complete. `before_write` is called before each durable act and may raise."""
+    complete. `before_write` is called before each durable act, and each try of one, and may raise."""
     hashes: dict[str, str] = {}
     for name, table in _parts(objects, plans, state):
         sink = io.BytesIO()
@@ -92,7 +92,7 @@ def write(
         hashes[name] = hashlib.sha256(data).hexdigest()
         before_write()
         with faults.around("manifest part"):
-            objects.put(name, data)
+            objects.put(name, data, before_write)
     body = {
         "plan": plans[-1].k,
         "generation": state.generation,
@@ -105,9 +105,14 @@ def write(
     with faults.around("success"):
         ours = objects.create(SUCCESS, data, token)
     if not ours and not is_valid(objects, plans, state):
+
+        def still() -> bool:
+            before_write()
+            return not is_valid(objects, plans, state)
+
         before_write()
         with faults.around("old success"):
-            objects.delete(SUCCESS)
+            objects.delete(SUCCESS, still)
         with faults.around("new success"):
             objects.create(SUCCESS, data, token)
 

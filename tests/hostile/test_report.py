@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from tests.hostile.test_text import PROMPTS
-from vidgen.report import gallery, status
+from vidgen.report import gallery, page, status
 from vidgen.store.objects import Objects
 
 TEXTS = [
@@ -104,8 +104,11 @@ def test_no_text_is_given_to_the_browser_as_markup_or_code() -> None:
         "DOMParser",
     ):
         assert word not in script, word
-    page = (Path(gallery.__file__).parent / "index.html").read_text()
-    assert "|safe" not in page.replace(" ", "") and "autoescape=True" in Path(gallery.__file__).read_text()
+    for template in Path(page.__file__).parent.glob("*.html"):
+        assert "|safe" not in template.read_text().replace(" ", ""), template.name
+        assert "autoescape false" not in template.read_text(), template.name
+    title = "<script>&\"'"
+    assert "&lt;script&gt;&amp;&#34;&#39;" in page.render("head.html", title=title, page="", styles=[], stamp="")
 
 
 def test_what_is_written_from_right_to_left_turns_nothing_beside_it(tmp_path: Path) -> None:

@@ -184,8 +184,10 @@ def test_a_row_is_rejected_once_a_variant_for_all_its_samples(source: Path, obje
     assert [row["variant"] for row in rejections(objects, result)] == ['{"height": 32}', '{"height": 64}']
 
 
-def test_a_prompt_that_is_not_utf8_is_rejected(source: Path, objects: Objects) -> None:
-    dataset(source, {"prompt": pa.array([b"ok", b"\xff"]).view(pa.string())})
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_prompt_that_is_not_utf8_is_rejected(encoded: bool, source: Path, objects: Objects) -> None:
+    column = pa.array([b"ok", b"\xff"]).view(pa.string())
+    dataset(source, {"prompt": column.dictionary_encode() if encoded else column})
     result = build(job(source), objects)
     assert [row["reason"] for row in rejections(objects, result)] == ["prompt (column 'prompt') is not valid UTF-8"]
 

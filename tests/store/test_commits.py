@@ -161,3 +161,24 @@ def test_an_item_reopened_twice_is_in_its_highest_generation(memory: Objects) ->
         commits.create_generation(memory, number, [record(0).item_id], "t")
     assert commits.list_generations(memory) == [1, 2, 10]
     assert commits.read_generations(memory) == {record(0).item_id: 10}
+
+
+def test_a_put_over_something_asks_before_each_try_whether_it_still_may(
+    memory: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)
+    memory.put("manifest/part", b"our successor's")
+    asked: list[int] = []
+
+    def lost(name: str, data: bytes) -> None:
+        raise ConnectionError("lost on the way there")
+
+    def hold() -> None:
+        asked.append(1)
+        if len(asked) > 1:
+            raise epochs.Held("another took it")
+
+    memory.kind.put = lost  # type: ignore[method-assign]
+    with pytest.raises(epochs.Held):
+        memory.put("manifest/part", b"ours", hold)
+    assert len(asked) == 2 and memory.read("manifest/part") == b"our successor's"

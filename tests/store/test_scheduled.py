@@ -6,9 +6,11 @@ import io
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from tests.scheduled.schedule import Runs, values
 from vidgen import config as configuration
+from vidgen.prompts import open_dataset
 from vidgen.report.verify import verify
 from vidgen.scheduled.tick import Report, Schedule, tick
 from vidgen.store.objects import Objects
@@ -36,3 +38,19 @@ def test_a_long_lived_process_sees_the_files_that_came_since_its_last_tick(s3: s
     for run in (0, 1):
         verdict = verify(f"{output}/runs/{run}")
         assert verdict.ok and not verdict.orphans, verdict.problems
+
+
+@pytest.mark.parametrize("named", ["", "/*.parquet"])
+def test_a_dataset_is_listed_anew_each_time_it_is_opened(named: str, s3: str) -> None:
+    def deliver(name: str) -> None:
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"prompt": ["a red circle"]}), sink)
+        Objects(s3).put(name, sink.getvalue())
+
+    def files() -> list[str]:
+        return [file.name.removeprefix(f"{s3}/") for file in open_dataset(f"{s3}{named}").files]
+
+    deliver("a.parquet")
+    assert files() == ["a.parquet"]
+    deliver("b.parquet")
+    assert files() == ["a.parquet", "b.parquet"]

@@ -15,15 +15,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from vidgen.conditioning.cells import read_cell
 from vidgen.conditioning.limits import ENTRIES, IMAGE_BYTES, VIDEO_BYTES
-from vidgen.conditioning.places import CELL, shown
+from vidgen.conditioning.places import CELL, schemes, shown
 from vidgen.errors import InfrastructureError, ItemError
 from vidgen.types import Media
 
@@ -99,9 +101,11 @@ def find(url: str) -> File:
     """What lies at a URL or path; ItemError if nothing does, or the URL cannot be understood; InfrastructureError if
     its store cannot be reached."""
     try:
-        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **_within_scheme(url))
         info = fs.info(path)
     except (FileNotFoundError, NotADirectoryError) as error:
+        if isinstance(error.__cause__, ItemError):
+            raise error.__cause__ from None
         if isinstance(error.__cause__, OSError):  # what fsspec makes of an HTTP server that does not answer
             raise InfrastructureError(f"{shown(url)} cannot be reached: {error.__cause__}") from error
         raise ItemError(f"{shown(url)}: there is no such file") from error
@@ -118,6 +122,32 @@ def find(url: str) -> File:
     if info.get("type") not in ("file", "directory"):
         raise ItemError(f"{shown(url)} is neither a file nor a folder")
     return File(fs, path, shown(url), None if size is None else int(size), tag, info.get("type") == "directory")
+
+
+def _within_scheme(url: str) -> dict[str, Any]:
+    """Options of the HTTP filesystems in a URL, by which they follow no redirect to another scheme: what may be reached
+    is decided by the URL's own (`dataset.media_schemes`)."""
+    options: dict[str, Any] = {}
+    for scheme in {"http", "https"}.intersection(schemes(url)):
+        given = fsspec.config.conf.get(scheme, {}).get("client_kwargs", {})
+        options[scheme] = {"client_kwargs": {**given, "trace_configs": [*given.get("trace_configs", ()), _no_escape()]}}
+    return options
+
+
+@cache
+def _no_escape() -> Any:
+    import aiohttp
+
+    async def redirected(session: Any, context: Any, request: Any) -> None:
+        target = request.response.headers.get("Location", "")
+        if urlsplit(target).scheme not in ("", request.url.scheme):
+            raise ItemError(
+                f"{shown(str(request.url))} leads to another scheme, {shown(target)}, which is not followed"
+            )
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(redirected)
+    return trace
 
 
 def frames_in(folder: File) -> list[File]:

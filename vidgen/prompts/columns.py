@@ -57,4 +57,6 @@ def cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
         return pa.array([None if cell is None else str(cell) for cell in array.to_pylist()], kind)
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
+    if pt.is_dictionary(array.type):
+        array = array.dictionary_decode()  # a cast would refuse all of it for one cell that is not UTF-8
     return array if array.type == kind else array.cast(kind)

@@ -108,10 +108,15 @@ class Objects:
 
         return self._write(path, attempt)
 
-    def put(self, path: str, data: bytes) -> None:
+    def put(self, path: str, data: bytes, before: Callable[[], None] = lambda: None) -> None:
         """Writes a whole object, atomically, over whatever is there. After a try of unknown outcome the same bytes are
-        written again."""
-        self._write(path, lambda: self.kind.put(self.path(path), data))
+        written again. `before` is called before every try, and may raise: between two of them minutes may pass."""
+
+        def attempt() -> None:
+            before()
+            self.kind.put(self.path(path), data)
+
+        self._write(path, attempt)
 
     def put_file(self, path: str, source: str | Path) -> None:
         """Writes a whole object from a local file, atomically, over whatever is there, in bounded memory. The file must
