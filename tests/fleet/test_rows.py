@@ -91,12 +91,14 @@ def test_a_bad_configuration_burns_nothing_of_ten_thousand_rows_and_once_mended_
     objects = Objects(config.output.path)
     assert (outcome.code, outcome.counts["pending"]) == (4, 10_000)
     assert "50 failures in a row without a success: the checkpoint gives NaN" in outcome.reason
+    assert status(config.output.path).reason == outcome.reason
     assert 50 <= fleet.ran <= 50 + 8 * 2, "what was on its way when the fiftieth failed"
     attempts = list(commits.read_attempts(objects))
     assert 50 <= len(attempts) <= fleet.ran and sum(attempt.count for attempt in attempts) == 0
     assert not list(commits.list_commits(objects, 0)) and not objects.exists(manifest.SUCCESS)
     outcome, fleet = run(config, broken=False)
     assert (outcome.code, outcome.counts["done"], fleet.ran) == (0, 10_000, 10_000)
+    assert not status(config.output.path).reason
     done = [pc.sum(pc.equal(table.column("status"), "done")).as_py() for table in manifest.read(objects)]
     assert sum(done) == 10_000
 

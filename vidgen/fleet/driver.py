@@ -104,6 +104,7 @@ class Driver:
         self.tasks: list[Iterator[ev.Task]] = []
         self.saves = Saves(objects, lease.check)
         self.notes: dict[str, str] = {}
+        self.reason = ""
         self.interrupt = Interrupt()
         self.only: np.ndarray | None = None
         """Ordinals of the items to make, of all that are pending; None: all."""
@@ -365,6 +366,7 @@ class Driver:
             state=state or ("stopping" if self.dispatcher.stopping else "running"),
             replicas=states,
             notes=list(self.notes.values()),
+            reason=self.reason,
         )
 
     # ---------------------------------------------------------------- the end
@@ -389,6 +391,7 @@ class Driver:
                 manifest.write(self.objects, self.plans, self.state, self.token, before_write=self.lease.check)
         self.lease.awake()
         whole = finish.code is None and not counts["pending"]
+        self.reason = "" if whole else reason
         self._show(self.fleet.pulses(), "finished" if whole else "stopped", last=True)
         self.lease.release(in_flight=[], gpu_seconds=self.gpu_seconds(), counts=counts)
         return Outcome(code, reason, counts, self.progress.elapsed())

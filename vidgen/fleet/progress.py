@@ -69,6 +69,8 @@ class Snapshot:
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """What holds now and a person should know: a node that is avoided, a shape that does not fit as others do."""
+    reason: str = ""
+    """Why a driver stopped with items pending; "" as long as it drives, and after the last item."""
     updated_at: float = field(default_factory=time.time)
 
 

@@ -75,6 +75,8 @@ class Status:
     against: Comparison | None = None
     notes: list[str] = field(default_factory=list)
     """What holds while it runs: a node that is avoided, a shape that fits only with some of the memory ladder."""
+    reason: str = ""
+    """Why its last driver stopped with items pending, if it said so."""
 
 
 class Counted(Protocol):
@@ -119,6 +121,8 @@ def read(output: str, *, compared: bool = True) -> Status:
     if driver == RUNNING:
         for name, value in live(shown).items():
             setattr(found, name, value)
+    elif found.pending:
+        found.reason = shown.get("reason", "")
     if compared:
         rows = manifest.rows(objects, plans, state) if found.total <= MOST_ITEMS and found.done else None
         found.against = compare(forecast.read(objects), rows, found.gpu_hours, found.cost)
@@ -137,6 +141,8 @@ def render(found: Status) -> Group:
         states = ", ".join(f"{count} {stage}" for stage, count in found.replicas.items())
         lines.append(Text(f"  replicas: {states}"))
     lines += [Text(f"  note: {printable(note)}") for note in found.notes]
+    if found.reason:
+        lines.append(Text(f"  it stopped: {printable(found.reason)}"))
     if found.against is not None:
         lines += against(found.against)
     place = shlex.quote(found.output)
