@@ -29,7 +29,8 @@ from vidgen.errors import UserError
 from vidgen.plan.build import build
 from vidgen.store.objects import Objects
 
-FAST, SLOW = 120, 5_000
+FAST, SLOW = 120, 2_500
+"""Cases of each promise: two are about the reader of plans, two about the loader of configurations, 5,000 a pair."""
 
 
 def tried(examples: int) -> Any:
