@@ -119,25 +119,32 @@ def test_gc_looks_again_before_each_try_of_a_delete(
     assert len(tries) == 1 and memory.exists(path)
 
 
+def unreachable(*arguments: object) -> None:
+    """A verb of a store that cannot be reached."""
+    raise ConnectionError("lost on the way there")
+
+
+class LostWhileTrying:
+    """A lease that is held at the first look, and another's at the second."""
+
+    asked = 0
+
+    def check(self) -> None:
+        self.asked += 1
+        if self.asked > 1:
+            raise epochs.Held("another took it")
+
+
 def test_gc_asks_whether_the_run_is_still_its_own_before_each_try_of_a_delete(
     memory: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)
     memory.put(commits.video_path("b" * 32, "3" * 64, "mp4"), b"video")
-    asked: list[int] = []
-
-    def lost(name: str) -> None:
-        raise ConnectionError("lost on the way there")
-
-    def hold() -> None:
-        asked.append(1)
-        if len(asked) > 1:
-            raise epochs.Held("another took it")
-
-    memory.kind.delete = lost  # type: ignore[method-assign]
+    memory.kind.delete = unreachable  # type: ignore[assignment]
+    lease = LostWhileTrying()
     with pytest.raises(epochs.Held):
-        gc.collect(memory, 0.0, before_delete=hold, now=lambda: time.time() + 3 * 3600)
-    assert len(asked) == 2
+        gc.collect(memory, 0.0, before_delete=lease.check, now=lambda: time.time() + 3 * 3600)
+    assert lease.asked == 2
 
 
 def test_a_ledger_part_of_an_earlier_generation_settles_nothing_and_keeps_no_object(memory: Objects) -> None:
@@ -168,17 +175,8 @@ def test_a_put_over_something_asks_before_each_try_whether_it_still_may(
 ) -> None:
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)
     memory.put("manifest/part", b"our successor's")
-    asked: list[int] = []
-
-    def lost(name: str, data: bytes) -> None:
-        raise ConnectionError("lost on the way there")
-
-    def hold() -> None:
-        asked.append(1)
-        if len(asked) > 1:
-            raise epochs.Held("another took it")
-
-    memory.kind.put = lost  # type: ignore[method-assign]
+    memory.kind.put = unreachable  # type: ignore[assignment]
+    lease = LostWhileTrying()
     with pytest.raises(epochs.Held):
-        memory.put("manifest/part", b"ours", hold)
-    assert len(asked) == 2 and memory.read("manifest/part") == b"our successor's"
+        memory.put("manifest/part", b"ours", lease.check)
+    assert lease.asked == 2 and memory.read("manifest/part") == b"our successor's"
